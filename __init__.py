@@ -1,0 +1,72 @@
+"""Migician Edge: grounds objects across several images, on edge machines.
+
+    import migician
+
+    with migician.load("nano") as model:
+        answer = model.ground(["a.jpg", "b.jpg"], "Where is the cup of the first image in the second one?")
+
+Importing this package loads nothing; each name below is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runtime.boxes import Box
+    from .runtime.errors import (
+        Cancelled,
+        ContextFullError,
+        ImageError,
+        MigicianError,
+        ModelFileError,
+        UnsupportedError,
+    )
+    from .runtime.model import Answer, Chat, Model, Step, Token, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "Box",
+    "Cancelled",
+    "Chat",
+    "ContextFullError",
+    "ImageError",
+    "MigicianError",
+    "Model",
+    "ModelFileError",
+    "Step",
+    "Token",
+    "UnsupportedError",
+    "__version__",
+    "load",
+]
+
+_HOME = {
+    "Answer": "model",
+    "Box": "boxes",
+    "Cancelled": "errors",
+    "Chat": "model",
+    "ContextFullError": "errors",
+    "ImageError": "errors",
+    "MigicianError": "errors",
+    "Model": "model",
+    "ModelFileError": "errors",
+    "Step": "model",
+    "Token": "model",
+    "UnsupportedError": "errors",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on its first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".runtime.{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Quantizing and packing models for edge machines."""

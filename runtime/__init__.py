@@ -1,0 +1,1 @@
+"""The ground floor: the engine, its Python API and the command migician-run. Imports no other folder."""

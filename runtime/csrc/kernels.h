@@ -1,0 +1,94 @@
+/* kernels.h - one table per instruction set, every slot filled.
+ *
+ * Kernels compute; they do not allocate, thread, log or choose. Products always add to what the output holds, so that
+ * bias and residual are whatever the caller put there first.
+ *
+ * A panel is a block of weight rows turned so that one step along k reads `nr` neighbours:
+ *     f32 panel   float[k][nr]                 panel[i * nr + r] = w[r, i]
+ *     bf16 panel  uint32[k / 2][nr_bf16]       low half w[r, 2i], high half w[r, 2i + 1]
+ * Rows past the matrix are zero.
+ */
+#ifndef MIGI_KERNELS_H
+#define MIGI_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    MIGI_MAX_NR = 64,  /* widest panel of any table */
+    MIGI_K_STEP = 32,  /* bf16 rows are padded with zeros to a multiple of this */
+};
+
+typedef struct migi_kernels {
+    const char *isa;
+    int nr;        /* columns of an f32 panel */
+    int bf16_dots; /* 1: gemm_bf16 is faster than gemm_f32 on this instruction set */
+    int nr_bf16;   /* columns of a bf16 panel */
+
+    /* panel <- rows w[0..rows) x k, rows <= nr */
+    void (*pack_f32)(float *panel, const float *w, size_t ldw, int rows, int k);
+    void (*pack_bf16)(float *panel, const uint16_t *w, size_t ldw, int rows, int k);
+    /* c[m, n] += a[m, k] panel[k, n], n <= nr */
+    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const float *panel, int m, int n, int k);
+
+    /* dst <- src rounded to bf16, ties to even */
+    void (*round_bf16)(uint16_t *dst, const float *src, size_t n);
+    /* bf16 panel <- rows w[0..rows) x k, rows <= nr_bf16, k padded with zeros to k_padded */
+    void (*pack_pairs)(uint32_t *panel, const uint16_t *w, size_t ldw, int rows, int k, int k_padded);
+    /* c[m, n] += a[m, k] panel[k, n], bf16 x bf16 with f32 sums; n <= nr_bf16, k a multiple of MIGI_K_STEP */
+    void (*gemm_bf16)(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k);
+
+    /* y[rows] += w[rows, k] x[k] */
+    void (*gemv_f32)(float *y, const float *w, size_t ldw, const float *x, int rows, int k);
+    void (*gemv_bf16)(float *y, const uint16_t *w, size_t ldw, const float *x, int rows, int k);
+    /* y[n] += sum over rows of p[row] * v[row, n] */
+    void (*weighted_sum)(float *y, const float *v, size_t ldv, const float *p, int rows, int n);
+
+    /* y = x / sqrt(mean(x^2) + eps) * w */
+    void (*rms_norm)(float *y, const float *x, const float *w, int n, float eps);
+    /* y = (x - mean(x)) / sqrt(var(x) + eps) * w + b */
+    void (*layer_norm)(float *y, const float *x, const float *w, const float *b, int n, float eps);
+    /* gate = gate / (1 + exp(-gate)) * up */
+    void (*silu_mul)(float *gate, const float *up, int n);
+    /* x = x / (1 + exp(-1.702 x)) */
+    void (*quick_gelu)(float *x, int n);
+    /* x = x (1 + erf(x / sqrt 2)) / 2 */
+    void (*gelu)(float *x, int n);
+    /* rotates planes (x[i], x[i + half]) by the angle whose cosine and sine are given; half = head_dim / 2 */
+    void (*rope)(float *x, const float *cosine, const float *sine, int half);
+    /* s = exp(s - max); returns the sum */
+    float (*exp_sum)(float *s, int n, float max);
+    float (*max)(const float *s, int n);
+    /* x *= f */
+    void (*scale)(float *x, int n, float f);
+} migi_kernels;
+
+/* NULL when this build has no code for the name; *runs tells whether this CPU and operating system can run it. */
+const migi_kernels *migi_kernels_find(const char *isa, int *runs);
+/* The best table this CPU can run; never NULL. */
+const migi_kernels *migi_kernels_best(void);
+
+extern const migi_kernels migi_kernels_scalar;
+extern const migi_kernels migi_kernels_amx_emulated;
+#if defined(__x86_64__)
+extern const migi_kernels migi_kernels_avx2, migi_kernels_avx512, migi_kernels_avx512bf16, migi_kernels_amx;
+#endif
+#if defined(__aarch64__)
+extern const migi_kernels migi_kernels_neon;
+#endif
+
+static inline float migi_bf16_to_f32(uint16_t h)
+{
+    union { uint32_t u; float f; } v = {.u = (uint32_t)h << 16};
+    return v.f;
+}
+
+/* Rounds to nearest, ties to even; NaN stays NaN. */
+static inline uint16_t migi_f32_to_bf16(float f)
+{
+    union { float f; uint32_t u; } v = {.f = f};
+    if ((v.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(v.u >> 16 | 0x40);
+    return (uint16_t)((v.u + 0x7fff + (v.u >> 16 & 1)) >> 16);
+}
+
+#endif

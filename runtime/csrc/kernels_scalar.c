@@ -1,0 +1,150 @@
+/* kernels_scalar.c - the truth: naive C, one formula per function. Every other table is tested against this one. */
+#include "kernels.h"
+
+#include <math.h>
+
+enum { NR = 8 };
+
+static void pack_f32(float *panel, const float *w, size_t ldw, int rows, int k)
+{
+    for (int i = 0; i < k; i++)
+        for (int r = 0; r < NR; r++) panel[(size_t)i * NR + r] = r < rows ? w[r * ldw + i] : 0.f;
+}
+
+static void pack_bf16(float *panel, const uint16_t *w, size_t ldw, int rows, int k)
+{
+    for (int i = 0; i < k; i++)
+        for (int r = 0; r < NR; r++) panel[(size_t)i * NR + r] = r < rows ? migi_bf16_to_f32(w[r * ldw + i]) : 0.f;
+}
+
+static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const float *panel, int m, int n, int k)
+{
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            float sum = 0.f;
+            for (int l = 0; l < k; l++) sum += a[i * lda + l] * panel[(size_t)l * NR + j];
+            c[i * ldc + j] += sum;
+        }
+}
+
+static void round_bf16(uint16_t *dst, const float *src, size_t n)
+{
+    for (size_t i = 0; i < n; i++) dst[i] = migi_f32_to_bf16(src[i]);
+}
+
+static void pack_pairs(uint32_t *panel, const uint16_t *w, size_t ldw, int rows, int k, int k_padded)
+{
+    for (int i = 0; i < k_padded; i += 2)
+        for (int r = 0; r < NR; r++) {
+            uint32_t lo = r < rows && i < k ? w[r * ldw + i] : 0, hi = r < rows && i + 1 < k ? w[r * ldw + i + 1] : 0;
+            panel[(size_t)(i / 2) * NR + r] = lo | hi << 16;
+        }
+}
+
+static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
+{
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            float sum = 0.f;
+            for (int l = 0; l < k; l += 2) {
+                uint32_t pair = panel[(size_t)(l / 2) * NR + j];
+                sum += migi_bf16_to_f32(a[i * lda + l]) * migi_bf16_to_f32((uint16_t)pair);
+                sum += migi_bf16_to_f32(a[i * lda + l + 1]) * migi_bf16_to_f32((uint16_t)(pair >> 16));
+            }
+            c[i * ldc + j] += sum;
+        }
+}
+
+static void gemv_f32(float *y, const float *w, size_t ldw, const float *x, int rows, int k)
+{
+    for (int r = 0; r < rows; r++) {
+        float sum = 0.f;
+        for (int i = 0; i < k; i++) sum += w[r * ldw + i] * x[i];
+        y[r] += sum;
+    }
+}
+
+static void gemv_bf16(float *y, const uint16_t *w, size_t ldw, const float *x, int rows, int k)
+{
+    for (int r = 0; r < rows; r++) {
+        float sum = 0.f;
+        for (int i = 0; i < k; i++) sum += migi_bf16_to_f32(w[r * ldw + i]) * x[i];
+        y[r] += sum;
+    }
+}
+
+static void weighted_sum(float *y, const float *v, size_t ldv, const float *p, int rows, int n)
+{
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) y[i] += p[r] * v[r * ldv + i];
+}
+
+static void rms_norm(float *y, const float *x, const float *w, int n, float eps)
+{
+    float sum = 0.f;
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    float f = 1.f / sqrtf(sum / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * f * w[i];
+}
+
+static void layer_norm(float *y, const float *x, const float *w, const float *b, int n, float eps)
+{
+    float sum = 0.f, square = 0.f;
+    for (int i = 0; i < n; i++) sum += x[i];
+    float mean = sum / (float)n;
+    for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+    float f = 1.f / sqrtf(square / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * f * w[i] + b[i];
+}
+
+static void silu_mul(float *gate, const float *up, int n)
+{
+    for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.f + expf(-gate[i])) * up[i];
+}
+
+static void quick_gelu(float *x, int n)
+{
+    for (int i = 0; i < n; i++) x[i] = x[i] / (1.f + expf(-1.702f * x[i]));
+}
+
+static void gelu(float *x, int n)
+{
+    for (int i = 0; i < n; i++) x[i] = .5f * x[i] * (1.f + erff(x[i] * .70710678f));
+}
+
+static void rope(float *x, const float *cosine, const float *sine, int half)
+{
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+static float exp_sum(float *s, int n, float max)
+{
+    float sum = 0.f;
+    for (int i = 0; i < n; i++) sum += s[i] = expf(s[i] - max);
+    return sum;
+}
+
+static float maximum(const float *s, int n)
+{
+    float m = -INFINITY;
+    for (int i = 0; i < n; i++) m = s[i] > m ? s[i] : m;
+    return m;
+}
+
+static void scale(float *x, int n, float f)
+{
+    for (int i = 0; i < n; i++) x[i] *= f;
+}
+
+const migi_kernels migi_kernels_scalar = {
+    .isa = "scalar", .nr = NR, .bf16_dots = 0, .nr_bf16 = NR,
+    .pack_f32 = pack_f32, .pack_bf16 = pack_bf16, .gemm_f32 = gemm_f32,
+    .round_bf16 = round_bf16, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_bf16,
+    .gemv_f32 = gemv_f32, .gemv_bf16 = gemv_bf16, .weighted_sum = weighted_sum,
+    .rms_norm = rms_norm, .layer_norm = layer_norm, .silu_mul = silu_mul, .quick_gelu = quick_gelu, .gelu = gelu,
+    .rope = rope, .exp_sum = exp_sum, .max = maximum, .scale = scale,
+};

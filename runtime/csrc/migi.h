@@ -1,0 +1,159 @@
+/* migi.h - the C core of Migician on the edge: Qwen2-VL inference on CPUs.
+ *
+ * The core eats token ids and pixels. Words, picture files and model files stay with the caller.
+ *
+ *   pool     threads and the kernels chosen for this CPU; shared by any number of sessions, one at a time
+ *   model    immutable weights and geometry; shared between threads
+ *   session  one timeline: KV cache and buffers; used by one thread at a time
+ *   vision   one encoded picture; reusable in any session of the same model
+ *
+ * Calls that can fail return a migi_status and, when `err` is not NULL, fill it with one line that ends in what to
+ * do. On failure *out is NULL. All-zero options mean the defaults. Every free call takes NULL.
+ * OWNED = free it with the named call. BORROWED = valid until the named event. COPIED = yours may die after the call.
+ */
+#ifndef MIGI_H
+#define MIGI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MIGI_VERSION "0.1.0"
+#if defined(__GNUC__)
+#define MIGI_API __attribute__((visibility("default")))
+#else
+#define MIGI_API
+#endif
+
+/* Values are never reused. */
+typedef enum migi_status {
+    MIGI_OK = 0,
+    MIGI_E_ARGUMENT = 1,     /* a value the call cannot take */
+    MIGI_E_MODEL = 2,        /* a tensor is missing, or has the wrong shape or type */
+    MIGI_E_CONTEXT_FULL = 3, /* more tokens than the session was made for */
+    MIGI_E_MEMORY = 4,       /* the system has no memory left */
+    MIGI_E_UNSUPPORTED = 5,  /* this CPU or this build cannot do it */
+    MIGI_E_CANCELLED = 6,    /* migi_session_cancel or the poll function stopped the work */
+    MIGI_E_THREAD = 7,       /* the system gave no thread */
+    MIGI_E_NUMERIC = 8       /* a result is NaN or infinite: damaged weights */
+} migi_status;
+
+typedef struct migi_error {
+    migi_status status;
+    char message[240];
+} migi_error;
+
+typedef enum migi_dtype { MIGI_BF16 = 1, MIGI_F32 = 2 } migi_dtype;
+
+/* One stored tensor, row-major. name and shape are COPIED; data is BORROWED until migi_model_free (a mapped file). */
+typedef struct migi_tensor {
+    const char *name; /* published layout: "model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.bias" */
+    const void *data;
+    int32_t dtype; /* migi_dtype */
+    int32_t rank;
+    int64_t shape[5];
+} migi_tensor;
+
+/* The geometry of one Qwen2-VL model. All sizes count elements. */
+typedef struct migi_config {
+    /* language model */
+    int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab;
+    int32_t tied;             /* 1: the output head is the embedding table */
+    int32_t mrope_section[3]; /* rotation planes that turn by time, row, column; sums to head_dim / 2 */
+    float rms_eps, rope_theta;
+    int32_t image_token; /* the placeholder that a merged picture cell takes in the prompt */
+    /* vision encoder */
+    int32_t v_depth, v_dim, v_heads, v_mlp, patch, merge, temporal, channels;
+    float v_rope_theta;
+    float mean[3], std[3]; /* pixel / 255 is normalised by these */
+} migi_config;
+
+typedef struct migi_pool migi_pool;
+typedef struct migi_model migi_model;
+typedef struct migi_session migi_session;
+typedef struct migi_vision migi_vision;
+
+/* "0.1.0". BORROWED for ever. */
+MIGI_API const char *migi_version(void);
+
+/* Starts `threads` workers (0: one per physical core the process may use) with the kernels named `isa` (NULL: the best
+ * this CPU has): scalar, avx2, avx512, avx512bf16, amx, amx-emulated, neon. OWNED: migi_pool_free. */
+MIGI_API migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, migi_error *err);
+MIGI_API void migi_pool_free(migi_pool *pool);
+MIGI_API int32_t migi_pool_threads(const migi_pool *pool);
+MIGI_API const char *migi_pool_isa(const migi_pool *pool); /* BORROWED from the pool */
+
+/* Writes one line per instruction set: its name, whether this CPU can run it, and which file's kernel serves each
+ * operation. Returns the length needed without the final zero; writes at most size bytes, always zero-ended. */
+MIGI_API size_t migi_kernel_report(char *text, size_t size);
+
+/* Checks every tensor that `config` asks for and keeps pointers to them. config and the tensor list are COPIED, the
+ * weights are BORROWED until migi_model_free; only norms and biases are copied (as float). OWNED: migi_model_free. */
+MIGI_API migi_status migi_model_new(migi_model **out, const migi_config *config, const migi_tensor *tensors, size_t count,
+                                    migi_error *err);
+MIGI_API void migi_model_free(migi_model *model);
+MIGI_API int64_t migi_model_bytes(const migi_model *model); /* weights in use, mapped and copied */
+
+typedef struct migi_session_options {
+    int32_t context;        /* tokens the KV cache holds; 0: 4096 */
+    int32_t fp32;           /* 1: activations stay float even where the CPU has faster bf16 dot products */
+    int (*poll)(void *arg); /* called on the calling thread between layers; nonzero cancels. May be NULL */
+    void *poll_arg;
+} migi_session_options;
+
+/* Memory a session would take, in bytes, without making it. */
+MIGI_API int64_t migi_session_bytes(const migi_model *model, const migi_pool *pool, const migi_session_options *options);
+
+/* model and pool are BORROWED until migi_session_free. Nothing is allocated after this call but for pictures.
+ * OWNED: migi_session_free. */
+MIGI_API migi_status migi_session_new(migi_session **out, const migi_model *model, migi_pool *pool,
+                                      const migi_session_options *options, migi_error *err);
+MIGI_API void migi_session_free(migi_session *session);
+
+/* Stops the work of another thread in this session within one layer; the call there returns MIGI_E_CANCELLED. The
+ * session stays usable: what was complete before is kept. */
+MIGI_API void migi_session_cancel(migi_session *session);
+
+/* Encodes one picture: rgb u8[height, width, 3], both sides multiples of patch * merge; COPIED. The session lends its
+ * threads, precision and cancel flag; its timeline is not touched. OWNED: migi_vision_free. */
+MIGI_API migi_status migi_vision_encode(migi_vision **out, migi_session *session, const uint8_t *rgb, int32_t height,
+                                        int32_t width, migi_error *err);
+MIGI_API void migi_vision_free(migi_vision *vision);
+MIGI_API int32_t migi_vision_tokens(const migi_vision *vision);
+MIGI_API const float *migi_vision_embeddings(const migi_vision *vision); /* f32[tokens, hidden]; BORROWED from vision */
+
+/* Makes the timeline hold exactly `tokens`, in which runs of image_token stand for the pictures in order. The common
+ * prefix with what the session holds is kept, the rest is computed; logits of the last token are ready after it.
+ * tokens and visions are COPIED or used within the call. */
+MIGI_API migi_status migi_session_sync(migi_session *session, const int32_t *tokens, int32_t count,
+                                       const migi_vision *const *visions, int32_t pictures, migi_error *err);
+
+/* Appends text tokens to the timeline. With logprobs not NULL, logprobs[i] is the natural log of the probability that
+ * the model gave to tokens[i] before reading it (i = 0: by the logits that stood). */
+MIGI_API migi_status migi_session_append(migi_session *session, const int32_t *tokens, int32_t count, float *logprobs,
+                                         migi_error *err);
+
+/* f32[vocab] after the last token; BORROWED until the next call on the session. NULL before the first sync. */
+MIGI_API const float *migi_session_logits(const migi_session *session);
+MIGI_API int32_t migi_session_length(const migi_session *session); /* tokens on the timeline */
+
+/* The most probable next token after the repetition penalty (1: none), which divides positive and multiplies negative
+ * logits of every token already on the timeline. *logprob is the natural log of its probability WITHOUT the penalty. */
+MIGI_API migi_status migi_session_greedy(migi_session *session, float repetition_penalty, int32_t *token, float *logprob,
+                                         migi_error *err);
+
+/* Pure functions, for tests and for callers with their own pipeline.
+ * patches: f32[(height / patch) * (width / patch), channels * temporal * patch * patch], in merge-block order.
+ * positions: i32[3, count] (time, row, column); grids i32[pictures, 2] = rows and columns of merged cells. */
+MIGI_API migi_status migi_patchify(const migi_config *config, const uint8_t *rgb, int32_t height, int32_t width,
+                                   float *patches, migi_error *err);
+MIGI_API migi_status migi_positions(const migi_config *config, const int32_t *tokens, int32_t count, const int32_t *grids,
+                                    int32_t pictures, int32_t *positions, migi_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,382 @@
+/* session.c - the language model on one timeline: prefix reuse, prefill in chunks, one token at a time. */
+#include "internal.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { DEFAULT_CONTEXT = 4096, MAX_CONTEXT = 1 << 20, LOGIT_ROWS = 16 };
+
+typedef struct sizes {
+    size_t context, chunk, hidden, q, kv, half, mlp, vocab, rounded, scratch;
+} sizes;
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+static sizes session_layout(const migi_model *m, const migi_kernels *k, int context)
+{
+    const migi_config *c = &m->c;
+    size_t merged = (size_t)c->v_dim * (size_t)c->merge * (size_t)c->merge;
+    size_t patch = (size_t)c->channels * (size_t)c->temporal * (size_t)c->patch * (size_t)c->patch;
+    sizes z = {.context = (size_t)context, .chunk = MIGI_CHUNK, .hidden = (size_t)c->hidden,
+               .q = (size_t)c->heads * (size_t)c->head_dim, .kv = (size_t)c->kv_heads * (size_t)c->head_dim,
+               .half = (size_t)c->head_dim / 2, .mlp = (size_t)c->intermediate, .vocab = (size_t)c->vocab};
+    size_t widest = larger(larger(larger(z.hidden, z.q), larger(z.mlp, (size_t)c->v_mlp)), larger((size_t)c->v_dim, patch));
+    z.rounded = larger(z.chunk * migi_padded(widest), z.chunk / (size_t)(c->merge * c->merge) * migi_padded(merged));
+    size_t attend = larger(migi_attention_scratch(k, c->head_dim), migi_attention_scratch(k, c->v_dim / c->v_heads));
+    z.scratch = (larger(migi_linear_scratch(k), attend) + 63) / 64 * 64;
+    return z;
+}
+
+static int context_of(const migi_session_options *options) { return options && options->context ? options->context : DEFAULT_CONTEXT; }
+
+static bool wants_bf16(const migi_kernels *k, const migi_session_options *options)
+{
+    return k->bf16_dots && !(options && options->fp32);
+}
+
+int64_t migi_session_bytes(const migi_model *model, const migi_pool *pool, const migi_session_options *options)
+{
+    const migi_kernels *k = migi_pool_kernels(pool);
+    sizes z = session_layout(model, k, context_of(options));
+    size_t floats = (size_t)model->c.layers * 2 * z.context * z.kv +
+                    z.chunk * (z.hidden + larger(z.hidden, z.q) + z.q + 2 * z.mlp + 2 * z.half) + LOGIT_ROWS * z.vocab;
+    size_t bytes = floats * sizeof(float) + z.context * (4 + 8 + 3 * 4) + z.vocab + z.scratch * (size_t)migi_pool_threads(pool);
+    return (int64_t)(bytes + (wants_bf16(k, options) ? z.rounded * sizeof(uint16_t) : 0));
+}
+
+migi_status migi_session_new(migi_session **out, const migi_model *model, migi_pool *pool, const migi_session_options *options,
+                             migi_error *err)
+{
+    migi_status status = MIGI_OK;
+    const migi_kernels *k = migi_pool_kernels(pool);
+    migi_session *s = NULL;
+    int context = context_of(options);
+    *out = NULL;
+    FAIL_IF(context < 1 || context > MAX_CONTEXT, MIGI_E_ARGUMENT, "a context of %d tokens; give 1 to %d", context, MAX_CONTEXT);
+    s = calloc(1, sizeof *s);
+    FAIL_IF(!s, MIGI_E_MEMORY, "no memory for a session");
+    sizes z = session_layout(model, k, context);
+    s->model = model;
+    s->context = context;
+    s->poll = options ? options->poll : NULL;
+    s->poll_arg = options ? options->poll_arg : NULL;
+    s->ws = (workspace){.pool = pool, .k = k, .bf16 = wants_bf16(k, options), .scratch_bytes = z.scratch};
+    s->ws.rounded_len = s->ws.bf16 ? z.rounded : 0;
+    s->ws.rounded = migi_alloc(s->ws.rounded_len, sizeof *s->ws.rounded);
+    s->ws.scratch = migi_alloc(z.scratch, (size_t)migi_pool_threads(pool));
+    s->cache = migi_alloc((size_t)model->c.layers * 2 * z.kv * sizeof(float), z.context);
+    s->tokens = migi_alloc(z.context, sizeof *s->tokens);
+    s->pictures = migi_alloc(z.context, sizeof *s->pictures);
+    s->positions = migi_alloc(3 * z.context, sizeof *s->positions);
+    s->x = migi_alloc(z.chunk * z.hidden, sizeof(float));
+    s->h = migi_alloc(z.chunk * larger(z.hidden, z.q), sizeof(float));
+    s->q = migi_alloc(z.chunk * z.q, sizeof(float));
+    s->gate = migi_alloc(z.chunk * z.mlp, sizeof(float));
+    s->up = migi_alloc(z.chunk * z.mlp, sizeof(float));
+    s->angles = migi_alloc(z.chunk * 2 * z.half, sizeof(float));
+    s->logits = migi_alloc(LOGIT_ROWS * z.vocab, sizeof(float));
+    s->seen = migi_alloc(z.vocab, 1);
+    FAIL_IF(!s->ws.rounded || !s->ws.scratch || !s->cache || !s->tokens || !s->pictures || !s->positions || !s->x || !s->h ||
+                !s->q || !s->gate || !s->up || !s->angles || !s->logits || !s->seen,
+            MIGI_E_MEMORY, "no memory for a session of %d tokens (%lld MB); ask for fewer or smaller pictures", context,
+            (long long)(migi_session_bytes(model, pool, options) >> 20));
+    *out = s;
+    return MIGI_OK;
+done:
+    migi_session_free(s);
+    return status;
+}
+
+void migi_session_free(migi_session *s)
+{
+    if (!s) return;
+    void *parts[] = {s->seen, s->logits, s->angles, s->up, s->gate, s->q, s->h, s->x, s->positions, s->pictures, s->tokens,
+                     s->cache, s->ws.scratch, s->ws.rounded};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
+    free(s);
+}
+
+void migi_session_cancel(migi_session *s) { atomic_store(&s->cancelled, 1); }
+int32_t migi_session_length(const migi_session *s) { return s->length; }
+const float *migi_session_logits(const migi_session *s) { return s->logits_ready ? s->logits : NULL; }
+
+migi_status migi_session_checkpoint(migi_session *s, migi_error *err)
+{
+    if (!atomic_exchange(&s->cancelled, 0) && !(s->poll && s->poll(s->poll_arg))) return MIGI_OK;
+    return migi_fail(err, MIGI_E_CANCELLED, "cancelled");
+}
+
+/* ---- one chunk of tokens through the layers */
+
+typedef struct rows_call {
+    migi_session *s;
+    const float *weight;
+    float *k; /* keys of the chunk in the cache */
+} rows_call;
+
+static void norm_row(void *arg, int row, int worker)
+{
+    const rows_call *r = arg;
+    const migi_config *c = &r->s->model->c;
+    size_t at = (size_t)row * (size_t)c->hidden;
+    (void)worker;
+    r->s->ws.k->rms_norm(r->s->h + at, r->s->x + at, r->weight, c->hidden, c->rms_eps);
+}
+
+static void rope_row(void *arg, int row, int worker)
+{
+    const rows_call *r = arg;
+    const migi_session *s = r->s;
+    const migi_config *c = &s->model->c;
+    (void)worker;
+    size_t size = (size_t)c->head_dim, half = size / 2;
+    const float *cosine = s->angles + (size_t)row * 2 * half, *sine = cosine + half;
+    for (int head = 0; head < c->heads; head++)
+        s->ws.k->rope(s->q + ((size_t)row * (size_t)c->heads + (size_t)head) * size, cosine, sine, (int)half);
+    for (int head = 0; head < c->kv_heads; head++)
+        s->ws.k->rope(r->k + ((size_t)row * (size_t)c->kv_heads + (size_t)head) * size, cosine, sine, (int)half);
+}
+
+static void silu_row(void *arg, int row, int worker)
+{
+    const rows_call *r = arg;
+    size_t n = (size_t)r->s->model->c.intermediate;
+    (void)worker;
+    r->s->ws.k->silu_mul(r->s->gate + (size_t)row * n, r->s->up + (size_t)row * n, (int)n);
+}
+
+/* Angles of one row: the first mrope_section[0] planes turn by time, the next by row, the last by column. */
+static void set_angles(migi_session *s, int row, const int32_t position[3])
+{
+    const migi_config *c = &s->model->c;
+    int half = c->head_dim / 2;
+    float *cosine = s->angles + (size_t)row * 2 * (size_t)half, *sine = cosine + half;
+    for (int i = 0; i < half; i++) {
+        int axis = i < c->mrope_section[0] ? 0 : i < c->mrope_section[0] + c->mrope_section[1] ? 1 : 2;
+        float angle = (float)position[axis] * (1.f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_dim));
+        cosine[i] = cosf(angle), sine[i] = sinf(angle);
+    }
+}
+
+/* The rows in s->x, standing at timeline [first, first + rows), go through all layers; x keeps the result. */
+static migi_status forward(migi_session *s, int first, int rows, migi_error *err)
+{
+    const migi_model *m = s->model;
+    const migi_config *c = &m->c;
+    workspace *ws = &s->ws;
+    size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, kv = (size_t)c->kv_heads * (size_t)c->head_dim;
+    size_t mlp = (size_t)c->intermediate, side = (size_t)s->context * kv;
+    rows_call r = {.s = s};
+    for (int i = 0; i < c->layers; i++) {
+        const layer *l = &m->layers[i];
+        migi_status status = migi_session_checkpoint(s, err);
+        if (status != MIGI_OK) return status;
+        float *keys = s->cache + (size_t)i * 2 * side, *values = keys + side;
+
+        r.weight = l->before_attention.w;
+        migi_pool_run(ws->pool, norm_row, &r, rows);
+        migi_linears(ws, (linear[]){{&l->q, l->q_bias, s->q, q, false},
+                                    {&l->k, l->k_bias, keys + (size_t)first * kv, kv, false},
+                                    {&l->v, l->v_bias, values + (size_t)first * kv, kv, false}}, 3, s->h, hidden, rows);
+        r.k = keys + (size_t)first * kv;
+        migi_pool_run(ws->pool, rope_row, &r, rows);
+        migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = keys, .v = values, .ldkv = kv, .kv_head = (size_t)c->head_dim,
+            .out = s->h, .ldo = q, .queries = rows, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads,
+            .size = c->head_dim, .causal = true});
+        migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
+
+        r.weight = l->before_mlp.w;
+        migi_pool_run(ws->pool, norm_row, &r, rows);
+        migi_linears(ws, (linear[]){{&l->gate, NULL, s->gate, mlp, false}, {&l->up, NULL, s->up, mlp, false}}, 2, s->h, hidden, rows);
+        migi_pool_run(ws->pool, silu_row, &r, rows);
+        migi_linears(ws, &(linear){&l->down, NULL, s->x, hidden, true}, 1, s->gate, mlp, rows);
+    }
+    return MIGI_OK;
+}
+
+/* Logits of rows [row, row + count) of s->x, count <= LOGIT_ROWS. */
+static migi_status project(migi_session *s, int row, int count, migi_error *err)
+{
+    const migi_model *m = s->model;
+    const migi_config *c = &m->c;
+    for (int i = 0; i < count; i++)
+        s->ws.k->rms_norm(s->h + (size_t)i * (size_t)c->hidden, s->x + (size_t)(row + i) * (size_t)c->hidden, m->final.w, c->hidden,
+                          c->rms_eps);
+    migi_linears(&s->ws, &(linear){&m->head, NULL, s->logits, (size_t)c->vocab, false}, 1, s->h, (size_t)c->hidden, count);
+    float sum = 0.f;
+    for (size_t i = 0; i < (size_t)count * (size_t)c->vocab; i++) sum += s->logits[i] * 0.f;
+    if (sum == 0.f) return MIGI_OK;
+    return migi_fail(err, MIGI_E_NUMERIC, "the logits are not finite: the model's weights are damaged; take the checkpoint anew");
+}
+
+static void embed_text(migi_session *s, int row, int32_t token)
+{
+    const matrix *e = &s->model->embedding;
+    size_t n = (size_t)e->cols, at = (size_t)token * n;
+    float *to = s->x + (size_t)row * n;
+    if (e->dtype == MIGI_F32)
+        memcpy(to, (const float *)e->data + at, n * sizeof *to);
+    else
+        for (size_t i = 0; i < n; i++) to[i] = migi_bf16_to_f32(((const uint16_t *)e->data)[at + i]);
+}
+
+static double log_sum_exp(const float *logits, int n)
+{
+    float max = -INFINITY;
+    double sum = 0;
+    for (int i = 0; i < n; i++) max = logits[i] > max ? logits[i] : max;
+    for (int i = 0; i < n; i++) sum += exp((double)(logits[i] - max));
+    return (double)max + log(sum);
+}
+
+/* ---- the timeline */
+
+/* Walks a prompt and knows, for each picture token, its picture and cell. */
+typedef struct walker {
+    const migi_vision *const *visions;
+    int pictures, picture, cell;
+} walker;
+
+static const migi_vision *walk(walker *w, int32_t image_token, int32_t token, int *cell)
+{
+    if (token != image_token || w->picture == w->pictures) return NULL;
+    const migi_vision *v = w->visions[w->picture];
+    *cell = w->cell++;
+    if (w->cell == migi_vision_tokens(v)) w->picture++, w->cell = 0;
+    return v;
+}
+
+static migi_status check_tokens(const migi_session *s, const int32_t *tokens, int32_t count, int32_t at, migi_error *err)
+{
+    if (count < 1) return migi_fail(err, MIGI_E_ARGUMENT, "no tokens given");
+    if (count > s->context - at)
+        return migi_fail(err, MIGI_E_CONTEXT_FULL, "%d tokens do not fit the %d that the session holds; use fewer or smaller pictures",
+                         at + count, s->context);
+    for (int32_t i = 0; i < count; i++)
+        if (tokens[i] < 0 || tokens[i] >= s->model->c.vocab)
+            return migi_fail(err, MIGI_E_ARGUMENT, "token %d at %d is outside the vocabulary of %d", tokens[i], i, s->model->c.vocab);
+    return MIGI_OK;
+}
+
+/* How many tokens of the new prompt the session already holds. */
+static int common_prefix(const migi_session *s, const int32_t *tokens, int32_t count, walker w)
+{
+    int i = 0, cell;
+    for (; i < count && i < s->length && s->tokens[i] == tokens[i]; i++) {
+        const migi_vision *v = walk(&w, s->model->c.image_token, tokens[i], &cell);
+        if (s->pictures[i] != (v ? v->serial : 0)) break;
+    }
+    return i;
+}
+
+static void cut(migi_session *s, int length)
+{
+    memset(s->seen, 0, (size_t)s->model->c.vocab);
+    for (int i = 0; i < length; i++) s->seen[s->tokens[i]] = 1;
+    s->length = length;
+    s->logits_ready = false;
+}
+
+migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t count, const migi_vision *const *visions,
+                              int32_t pictures, migi_error *err)
+{
+    migi_status status = MIGI_OK;
+    const migi_config *c = &s->model->c;
+    walker w = {.visions = visions, .pictures = pictures};
+    int32_t grids[2 * 64], *grid = pictures <= 64 ? grids : malloc((size_t)pictures * 2 * sizeof *grid);
+    FAIL_IF(!grid, MIGI_E_MEMORY, "no memory for %d pictures", pictures);
+    TRY(check_tokens(s, tokens, count, 0, err));
+    for (int i = 0; i < pictures; i++) {
+        FAIL_IF(visions[i]->hidden != c->hidden, MIGI_E_ARGUMENT, "picture %d was encoded by another model; encode it anew", i + 1);
+        grid[2 * i] = visions[i]->rows, grid[2 * i + 1] = visions[i]->cols;
+    }
+    int keep = common_prefix(s, tokens, count, w);
+    if (keep == count && s->length == count && s->logits_ready) goto done;
+    if (keep == count) keep--; /* the last token is computed again for its logits */
+    status = migi_positions(c, tokens, count, grid, pictures, s->positions, err);
+    if (status != MIGI_OK) keep = 0;
+    cut(s, keep);
+    if (status != MIGI_OK) goto done;
+
+    int cell;
+    for (int i = 0; i < keep; i++) walk(&w, c->image_token, tokens[i], &cell);
+    while (s->length < count) {
+        int first = s->length, rows = count - first < MIGI_CHUNK ? count - first : MIGI_CHUNK;
+        for (int i = 0; i < rows; i++) {
+            const migi_vision *v = walk(&w, c->image_token, tokens[first + i], &cell);
+            s->tokens[first + i] = tokens[first + i];
+            s->pictures[first + i] = v ? v->serial : 0;
+            if (v)
+                memcpy(s->x + (size_t)i * (size_t)c->hidden, v->embeddings + (size_t)cell * (size_t)c->hidden, (size_t)c->hidden * sizeof *s->x);
+            else
+                embed_text(s, i, tokens[first + i]);
+            const int32_t *p = s->positions + first + i;
+            set_angles(s, i, (int32_t[3]){p[0], p[count], p[2 * (size_t)count]});
+        }
+        TRY(forward(s, first, rows, err));
+        for (int i = first; i < first + rows; i++) s->seen[s->tokens[i]] = 1;
+        s->length += rows;
+        if (s->length == count) TRY(project(s, rows - 1, 1, err));
+    }
+    s->next_position = 0;
+    for (int i = 0; i < 3 * count; i++)
+        if (s->positions[i] >= s->next_position) s->next_position = s->positions[i] + 1;
+    s->logits_ready = true;
+done:
+    if (grid != grids) free(grid);
+    return status;
+}
+
+migi_status migi_session_append(migi_session *s, const int32_t *tokens, int32_t count, float *logprobs, migi_error *err)
+{
+    migi_status status = MIGI_OK;
+    const migi_config *c = &s->model->c;
+    FAIL_IF(!s->logits_ready, MIGI_E_ARGUMENT, "the session holds no prompt; call migi_session_sync first");
+    TRY(check_tokens(s, tokens, count, s->length, err));
+    for (int32_t i = 0; i < count; i++)
+        FAIL_IF(tokens[i] == c->image_token, MIGI_E_ARGUMENT, "token %d is a picture's place; pictures come with migi_session_sync", i);
+    if (logprobs) logprobs[0] = (float)((double)s->logits[tokens[0]] - log_sum_exp(s->logits, c->vocab));
+    for (int32_t done_tokens = 0; done_tokens < count;) {
+        int rows = count - done_tokens < MIGI_CHUNK ? count - done_tokens : MIGI_CHUNK, first = s->length;
+        for (int i = 0; i < rows; i++) {
+            int32_t position = s->next_position + i, token = tokens[done_tokens + i];
+            s->tokens[first + i] = token, s->pictures[first + i] = 0;
+            embed_text(s, i, token);
+            set_angles(s, i, (int32_t[3]){position, position, position});
+        }
+        s->logits_ready = false;
+        TRY(forward(s, first, rows, err));
+        for (int i = first; i < first + rows; i++) s->seen[s->tokens[i]] = 1;
+        s->length += rows;
+        s->next_position += rows;
+        for (int i = 0; logprobs && i < rows; i += LOGIT_ROWS) {
+            int n = rows - i < LOGIT_ROWS ? rows - i : LOGIT_ROWS;
+            TRY(project(s, i, n, err));
+            for (int j = 0; j < n && done_tokens + i + j + 1 < count; j++) {
+                const float *row = s->logits + (size_t)j * (size_t)c->vocab;
+                logprobs[done_tokens + i + j + 1] = (float)((double)row[tokens[done_tokens + i + j + 1]] - log_sum_exp(row, c->vocab));
+            }
+        }
+        done_tokens += rows;
+        if (done_tokens == count) TRY(project(s, rows - 1, 1, err));
+    }
+    s->logits_ready = true;
+done:
+    return status;
+}
+
+migi_status migi_session_greedy(migi_session *s, float repetition_penalty, int32_t *token, float *logprob, migi_error *err)
+{
+    if (!s->logits_ready) return migi_fail(err, MIGI_E_ARGUMENT, "the session holds no prompt; call migi_session_sync first");
+    if (!(repetition_penalty > 0.f)) return migi_fail(err, MIGI_E_ARGUMENT, "a repetition penalty of %g; give a number above 0", (double)repetition_penalty);
+    float best = -INFINITY;
+    *token = 0;
+    for (int i = 0; i < s->model->c.vocab; i++) {
+        float v = s->logits[i];
+        if (s->seen[i]) v = v > 0.f ? v / repetition_penalty : v * repetition_penalty;
+        if (v > best) best = v, *token = i;
+    }
+    *logprob = (float)((double)s->logits[*token] - log_sum_exp(s->logits, s->model->c.vocab));
+    return MIGI_OK;
+}

@@ -1,0 +1,174 @@
+"""The contact sheet: all pictures of a question on one page, with the boxes of its answer.
+
+Every picture gets a cell of the same size, small ones are enlarged, large ones reduced, so that a box is as easy to
+see on a 196-pixel drawing as on a photograph. All lengths are in pixels of the sheet.
+"""
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from .boxes import Box
+
+__all__ = ["contact_sheet"]
+
+_SHEET_WIDTH = 1440  # aimed at; few or many pictures make it narrower or wider
+_CELL_SIDES = (160, 560)  # least and greatest
+_GAP = 24
+_PAPER, _INK, _FAINT, _EDGE = "#ffffff", "#1d2129", "#5b6472", "#c9ced6"
+_COLOURS = (
+    "#e6194b",
+    "#0a7cff",
+    "#12a150",
+    "#f58231",
+    "#911eb4",
+    "#00a3a3",
+    "#d6a300",
+    "#f032e6",
+    "#8a5a2b",
+    "#4b5bd6",
+)
+_TAG = re.compile(r"<\|\w+\|>")
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def contact_sheet(pictures: Sequence[Image.Image], boxes: Sequence[Box], *, title: str = "") -> Image.Image:
+    """Draws all pictures in a grid, captioned "Image 1" and so on, with their boxes, labels and scores.
+
+    pictures: upright, any mode, as given to the model: `Box.xyxy` counts their pixels.   boxes: those of a picture
+    that is not there are left out.   title: the question; tags are dropped, long lines wrapped.
+    Colours follow the labels if there are several, else the pictures. Letters beyond Latin need another font than
+    Pillow's own, and appear as empty squares.
+    Returns an RGB image.
+    """
+    columns = _columns(len(pictures))
+    side = min(_CELL_SIDES[1], max(_CELL_SIDES[0], (_SHEET_WIDTH - _GAP * (columns + 1)) // columns))
+    colours = _colours(boxes)
+    tiles = [_tile(picture, [b for b in boxes if b.image == i], side, colours) for i, picture in enumerate(pictures)]
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+
+    title_font, caption_font = ImageFont.load_default(24), ImageFont.load_default(18)
+    # Cells are as wide as the widest picture, so that a row of tall ones is not mostly paper.
+    cell = max((tile.width for tile in tiles), default=side)
+    width = max(columns * (cell + _GAP) + _GAP, 480)
+    lines = _wrap(" ".join(_TAG.sub("", title).split()), title_font, width - 2 * _GAP)
+    top = _GAP + len(lines) * 32 + (12 if lines else 0)
+    height = top + sum(max(tile.height for tile in row) + 28 + _GAP for row in rows)
+    sheet = Image.new("RGB", (width, max(height, top + _GAP // 2)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((_GAP, _GAP + 32 * i), line, fill=_INK, font=title_font, anchor="la")
+
+    left = (width - columns * (cell + _GAP) + _GAP) // 2
+    y = top
+    for r, row in enumerate(rows):
+        for c, tile in enumerate(row):
+            x = left + c * (cell + _GAP)
+            draw.text((x, y), f"Image {r * columns + c + 1}", fill=_FAINT, font=caption_font, anchor="la")
+            sheet.paste(tile, (x, y + 28))
+            draw.rectangle((x - 1, y + 27, x + tile.width, y + 28 + tile.height), outline=_EDGE)
+        y += max(tile.height for tile in row) + 28 + _GAP
+    return sheet
+
+
+def _columns(count: int) -> int:
+    """Up to three in a row; four as two by two; then as a page a little wider than high."""
+    if count <= 3:
+        return max(count, 1)
+    return 2 if count == 4 else math.ceil(math.sqrt(count * 1.3))
+
+
+def _colours(boxes: Sequence[Box]) -> dict[str | int, str]:
+    labels = list(dict.fromkeys(box.label for box in boxes))
+    keys: list[str | int] = [*labels] if len(labels) > 1 else sorted({box.image for box in boxes})
+    return {key: _COLOURS[i % len(_COLOURS)] for i, key in enumerate(keys)}
+
+
+def _tile(picture: Image.Image, boxes: Sequence[Box], side: int, colours: dict[str | int, str]) -> Image.Image:
+    """One picture at the size of its cell, its boxes drawn on it."""
+    scale = side / max(picture.size)
+    width, height = (max(1, round(v * scale)) for v in picture.size)
+    tile = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    draw = ImageDraw.Draw(tile)
+    font = ImageFont.load_default(max(13, min(18, side // 24)))
+    places = []
+    for box in boxes:
+        colour = colours.get(box.label) or colours.get(box.image) or _COLOURS[0]
+        place = _place(box, scale, width, height)
+        _outline(draw, place, colour)
+        places.append((box, place, colour))
+    taken: list[tuple[int, int, int, int]] = []  # labels last: no line may cross one
+    for box, place, colour in places:
+        _write_label(draw, box, place, colour, font, taken)
+    return tile
+
+
+def _place(box: Box, scale: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """A box in pixels of the tile: whole, inside it, and large enough to be seen."""
+    x1, y1, x2, y2 = (round(v * scale) for v in box.xyxy)
+    x1, y1 = max(0, min(x1, width - 6)), max(0, min(y1, height - 6))
+    return x1, y1, max(x1 + 5, min(x2, width - 1)), max(y1 + 5, min(y2, height - 1))
+
+
+def _outline(draw: ImageDraw.ImageDraw, place: tuple[int, int, int, int], colour: str) -> None:
+    """A coloured line between two thin pale ones: seen on dark, on bright and on its own colour."""
+    x1, y1, x2, y2 = place
+    draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=1)
+    draw.rectangle(place, outline=colour, width=3)
+    if x2 - x1 > 8 and y2 - y1 > 8:
+        draw.rectangle((x1 + 3, y1 + 3, x2 - 3, y2 - 3), outline="white", width=1)
+
+
+def _write_label(
+    draw: ImageDraw.ImageDraw,
+    box: Box,
+    place: tuple[int, int, int, int],
+    colour: str,
+    font: _Font,
+    taken: list[tuple[int, int, int, int]],
+) -> None:
+    """Writes label and score on a patch of the box's colour: above the box, else below it, else inside."""
+    score = f"{box.score:.2f}" if box.score > 0 else ""
+    width, height = draw.im.size
+    words = _shorten(box.label, font, width - 14 - font.getlength(f"  {score}"))
+    text = f"{words}  {score}".strip()
+    if not text:
+        return
+    w, h = math.ceil(font.getlength(text)) + 10, math.ceil(sum(font.getbbox("Ag")[1::2])) + 2
+    x1, y1, x2, y2 = place
+    x = max(0, min(x1 - 1, width - w))
+    spots = [(x, y1 - h), (x, y2 + 1), (x, y1 + 4), (x, y2 - h - 4), (max(0, min(x2 - w, width - w)), y1 + 4)]
+    inside = [(a, b) for a, b in spots if 0 <= b <= height - h] or [(x, max(0, height - h))]
+    free = [(a, b) for a, b in inside if all(a >= r or a + w <= p or b >= s or b + h <= q for p, q, r, s in taken)]
+    a, b = (free or inside)[0]
+    taken.append((a, b, a + w, b + h))
+    red, green, blue = ImageColor.getrgb(colour)[:3]
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"
+    draw.rectangle((a, b, a + w - 1, b + h - 1), fill=colour)
+    draw.text((a + 5, b + h / 2), text, fill=ink, font=font, anchor="lm")
+
+
+def _shorten(text: str, font: _Font, room: float) -> str:
+    if font.getlength(text) <= room:
+        return text
+    fits = bisect_right(range(1, len(text)), room, key=lambda n: font.getlength(text[:n] + "..."))
+    return text[:fits].rstrip() + "..." if fits else ""
+
+
+def _wrap(text: str, font: _Font, room: float) -> list[str]:
+    """Cuts text into lines no wider than room, at spaces; a word longer than a line is cut anywhere."""
+    lines = [""]
+    for word in text.split():
+        if font.getlength(f"{lines[-1]} {word}".strip()) <= room:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > room:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]

@@ -1,0 +1,390 @@
+"""Pictures in, resized RGB out: the integer half of what Qwen2-VL's image processor does.
+
+A picture is a path, the bytes of a file, a PIL image or an array. It is turned upright (EXIF), laid on white where it
+is transparent, brought to 8-bit RGB and resized once, bicubic, to a multiple of 28 pixels per side. Pixels equal those
+of transformers' `Qwen2VLImageProcessorPil` exactly; the C core does the rest (normalisation, patches), and `patchify`
+is the reference that it is tested against.
+
+Letters: H, W a picture's rows and columns in pixels; P its patches, (H / patch) * (W / patch).
+Source: transformers `image_processing_pil_qwen2_vl.py`, `image_transforms.py`; `preprocessor_config.json` of Qwen2-VL.
+"""
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ImageError, MigicianError, ModelFileError, UnsupportedError
+
+__all__ = ["Picture", "PictureSource", "Preprocessor", "load_picture", "open_picture", "patchify", "smart_resize"]
+
+PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray"
+
+MAX_SOURCE_PIXELS = 178_956_970  # the size at which Pillow itself refuses a file: 512 MiB of RGB
+MAX_ASPECT_RATIO = 200
+_INTERPRETED = frozenset({"EPS", "WMF"})  # Pillow hands these to an outside interpreter: programs, not pictures
+_READABLE = "PNG, JPEG, WebP, TIFF, BMP or GIF"
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """How a model wants its pictures: the fields of its `preprocessor_config.json`.
+
+    min_pixels, max_pixels: bounds of H * W after the resize.   patch_size: pixels per side of a patch.
+    merge_size: patches per side of a cell, which is one token of the language model.
+    temporal_patch_size: how often a still picture is repeated in its patches.
+    mean, std: per channel (RGB), of pixels scaled to 0..1.
+    Raises MigicianError for a value that no picture could satisfy.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+                raise MigicianError(f"{name} is {value!r}: expected a whole number from 1 up; correct it")
+        if self.min_pixels > self.max_pixels:
+            raise MigicianError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}: raise the second")
+        for name, values in (("image_mean", self.mean), ("image_std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "image_std" and 0 in values):
+                raise MigicianError(f"{name} is {list(values)}: expected three finite numbers, no std of 0; correct it")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of a cell (28): every resized side is a multiple of it."""
+        return self.patch_size * self.merge_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of cells of a resized picture; their product is its count of visual tokens."""
+        return height // self.factor, width // self.factor
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> "Preprocessor":
+        """Reads the JSON object of a `preprocessor_config.json`, in any of the layouts in use.
+
+        d: pixel bounds as `min_pixels`/`max_pixels` (which win) or as `size: {shortest_edge, longest_edge}`, on top or
+        under `image_processor`. What is missing takes transformers' default for Qwen2-VL.
+        Raises ModelFileError for values that make no sense, UnsupportedError for steps that the runtime does not do.
+        """
+        d = d.get("image_processor", d)
+        size = (d.get("size") or {}) if isinstance(d, Mapping) else None
+        if not isinstance(size, Mapping):
+            raise ModelFileError("not a JSON object with a size; download preprocessor_config.json again")
+        _refuse_other_steps(d)
+        bounds = {
+            "min_pixels": (d.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), 56 * 56),
+            "max_pixels": (d.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), 28 * 28 * 1280),
+        }
+        values: dict[str, Any] = {name: next(v for v in found if v is not None) for name, found in bounds.items()}
+        values |= {k: d[k] for k in ("patch_size", "merge_size", "temporal_patch_size") if d.get(k) is not None}
+        try:
+            for name, key in (("mean", "image_mean"), ("std", "image_std")):
+                if d.get(key) is not None:
+                    values[name] = tuple(float(v) for v in d[key])
+            return cls(**values)
+        except (MigicianError, TypeError, ValueError) as e:
+            raise ModelFileError(str(e)) from None
+
+
+def _refuse_other_steps(d: Mapping[str, Any]) -> None:
+    """Refuses a preprocessor file that asks for another pipeline than resize, rescale, normalize."""
+    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
+    for key, value in wanted.items():
+        if d.get(key, value) not in (value, None):
+            raise UnsupportedError(f"{key} = {d[key]!r}, only {value!r} is served; change it")
+    scale = d.get("rescale_factor")
+    if scale is not None and (not isinstance(scale, float) or abs(scale * 255 - 1) > 1e-6):
+        raise UnsupportedError(f"rescale_factor = {scale!r}, only 1/255 is served; change it")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready for the engine.
+
+    rgb: u8[H, W, 3], C-contiguous, resized: H and W are multiples of the preprocessor's `factor`.
+    width, height: in pixels of the picture as given, after EXIF rotation, before any resize.
+    name: what messages call it.
+    """
+
+    rgb: np.ndarray
+    width: int
+    height: int
+    name: str
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
+) -> tuple[int, int]:
+    """Finds the size to resize to: multiples of `factor`, min_pixels <= H * W <= max_pixels, the shape nearly kept.
+
+    Returns (H, W). Python's rounding of halves to even is part of the definition: 42 becomes 56, 70 becomes 56.
+    Raises ImageError when the picture is empty or more than 200 times as long as it is wide.
+    Source: transformers `smart_resize`, line by line.
+    """
+    if min(height, width) < 1:
+        raise ImageError(f"the picture is {width}x{height} pixels: nothing to see; give one with at least 1x1")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError(
+            f"{width}x{height} pixels: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad the picture"
+        )
+    return _round_size(height, width, factor, min_pixels, max_pixels)
+
+
+def _round_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        rows = max(factor, math.floor(height / beta / factor) * factor)
+        columns = max(factor, math.floor(width / beta / factor) * factor)
+    elif rows * columns < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * beta / factor) * factor
+        columns = math.ceil(width * beta / factor) * factor
+    return rows, columns
+
+
+def load_picture(source: PictureSource, pre: Preprocessor, *, max_side: int | None = None, name: str = "") -> Picture:
+    """Opens a picture and resizes it for the model.
+
+    max_side: upper bound in pixels of the picture's longer side. The bounded size goes through `smart_resize` like a
+    picture of that size, and the pixels are resized once, from the original to the result, so the longer side can end
+    half a cell above it. Smaller pictures are not enlarged.
+    Raises ImageError (see `open_picture`, `smart_resize`), ValueError for a max_side below 1.
+    """
+    if max_side is not None and max_side < 1:
+        raise ValueError(f"max_side is {max_side}: give a number of pixels from 1 up")
+    name = name or _name_of(source)
+    image = open_picture(source, name=name)
+    width, height = image.size
+    try:
+        rows, columns = smart_resize(
+            height, width, factor=pre.factor, min_pixels=pre.min_pixels, max_pixels=pre.max_pixels
+        )
+    except ImageError as e:
+        raise ImageError(f"{name}: {e}") from None
+    if max_side is not None and max(width, height) > max_side:
+        # No second look at the aspect ratio: rounding a thin side to whole pixels must not turn into a refusal.
+        scale = max_side / max(width, height)
+        bounded = max(1, round(height * scale)), max(1, round(width * scale))
+        rows, columns = _round_size(*bounded, pre.factor, pre.min_pixels, pre.max_pixels)
+    resized = image.resize((columns, rows), Image.Resampling.BICUBIC)
+    return Picture(np.array(resized), width, height, name)
+
+
+def open_picture(source: PictureSource, *, name: str = "") -> Image.Image:
+    """Opens a picture as 8-bit RGB, upright.
+
+    source: path; bytes of an image file; PIL image (a multi-frame one at the frame it stands at, files at their
+        first); array u8, u16 (0..65535), bool or float (0..1), of shape [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4]
+        RGBA. OpenCV's arrays are BGR: reverse their last axis first.
+    Upright: the EXIF orientation is applied, to PIL images too. Transparency is laid on white. 16-bit pixels are
+    scaled by 255/65535, not clipped. Wider modes (I, F) state no range: see `_narrow`. ICC profiles are ignored, as the
+    reference does, except that CIELAB is converted.
+    Raises ImageError, one line, for whatever cannot be read: no such file, not a picture, damaged, or of more than
+    178,956,970 pixels by its header, which is refused before anything is decoded.
+    """
+    name = name or _name_of(source)
+    try:
+        if isinstance(source, np.ndarray):
+            return _flatten(_from_array(source))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow remarks on size and damaged EXIF; both are settled here
+            image = source if isinstance(source, Image.Image) else _open_file(source)
+            _check_size(*image.size)
+            # Never Image.draft or Image.thumbnail: both let the JPEG decoder shrink by itself, with other pixels.
+            image.load()
+            _check_size(*image.size)  # a few formats learn their true size only here
+            return _upright(image)
+    except ImageError as e:
+        raise ImageError(f"{name}: {e}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: too many pixels; make the picture smaller first") from None
+    except MemoryError:
+        raise ImageError(f"{name}: not enough memory to decode it; make the picture smaller first") from None
+    except Exception as e:  # Pillow's decoders raise whatever a damaged file makes them trip over
+        reason = " ".join(str(e).split())[:120] or type(e).__name__
+        raise ImageError(f"{name}: cannot be decoded ({reason}); save the picture again, or use another file") from None
+
+
+def _name_of(source: object) -> str:
+    """What messages call a picture: its path, or what it is."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source) or "''"
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "PIL image")
+    return "array" if isinstance(source, np.ndarray) else type(source).__name__
+
+
+def _open_file(source: object) -> Image.Image:
+    """Reads a file's header; nothing is decoded yet."""
+    if isinstance(source, (str, os.PathLike)):
+        data = _read_file(Path(source))
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    else:
+        raise ImageError("not a picture; give a path, the bytes of an image file, a PIL image or a numpy array")
+    if not data:
+        raise ImageError("the file is empty (0 bytes); check how it was written")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image file that can be read; convert it to {_READABLE}") from None
+    if image.format in _INTERPRETED:
+        raise ImageError(f"{image.format} files are not read; convert it to {_READABLE}")
+    return image
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        # The file is read whole: a decoder working on a mapped file would crash if another program shortened it.
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError("no such file; check the path") from None
+    except IsADirectoryError:
+        raise ImageError("is a folder; name the picture in it") from None
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise ImageError(f"cannot be read ({reason}); check the path and its permissions") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"the picture is {width}x{height} pixels: nothing to see; give one with at least 1x1")
+    if width * height > MAX_SOURCE_PIXELS:
+        raise ImageError(
+            f"{width}x{height} pixels is over the limit of {MAX_SOURCE_PIXELS:,}; make the picture smaller first"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded image of any mode to upright RGB."""
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        orientation = 1
+    rgb = _flatten(image)
+    return ImageOps.exif_transpose(rgb) if orientation in range(2, 9) else rgb
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, transparency onto white."""
+    transparency = image.info.get("transparency")
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        narrow = Image.fromarray(_narrow(values))
+        if isinstance(transparency, int):  # a 16-bit gray PNG names one value as see-through
+            narrow.putalpha(Image.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8)))
+        narrow.info = {k: v for k, v in image.info.items() if k != "transparency"}
+        image, transparency = narrow, None
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if "A" in image.getbands() or "a" in image.getbands() or transparency is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        flat = Image.alpha_composite(white, image).convert("RGB")
+        flat.info = image.info
+        return flat
+    return image.convert("RGB")
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """Gray pixels of more than 8 bits to 8: [H, W] -> u8[H, W], scaled and never clipped.
+
+    Modes of 32 bits state no range, so the first of these that holds every pixel is taken: 0..1 and 0..255 for floats,
+    0..65535 for both (older versions of Pillow hold 16-bit pictures as integers), else its own least..greatest.
+    """
+    if values.dtype.kind == "u":
+        return _scale16(values)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ImageError("holds pixels that are not finite numbers; replace them first")
+    if values.dtype.kind == "i" and low >= 0 and high <= 65535:
+        return _scale16(values)
+    if values.dtype.kind == "f" and low >= 0 and high <= 65535:
+        top = 1 if high <= 1 else 255 if high <= 255 else 65535
+        return np.rint(values * (255 / top)).astype(np.uint8)
+    return np.rint((values.astype(np.float64) - low) * (255 / max(high - low, 1e-300))).astype(np.uint8)
+
+
+def _scale16(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v * 255 / 65535, rounded
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    """CIELAB (some TIFF files) to RGB: the one mode that Image.convert does not bring to RGB."""
+    from PIL import ImageCms
+
+    rgb = ImageCms.profileToProfile(
+        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    if rgb is None:
+        raise ImageError(f"CIELAB could not be converted; convert it to {_READABLE}")
+    return rgb
+
+
+def _from_array(values: np.ndarray) -> Image.Image:
+    """Array to PIL image of mode L, RGB or RGBA, 8 bit."""
+    shape = "[" + ", ".join(str(n) for n in values.shape) + "]"
+    if values.size == 0:
+        raise ImageError(f"the array has shape {shape}: nothing to see; give at least one pixel")
+    if values.ndim == 3 and values.shape[2] > 4 and values.shape[0] in (1, 3, 4):
+        raise ImageError(f"the array has shape {shape}, channels first; pass array.transpose(1, 2, 0)")
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"the array has shape {shape}; expected [H, W], [H, W, 3] RGB or [H, W, 4] RGBA, reshape it")
+    _check_size(values.shape[1], values.shape[0])
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(_to_u8(values)))
+
+
+def _to_u8(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint16:
+        return _scale16(values)
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # a NaN fails this too; resampling overshoots a little
+            raise ImageError(f"a float array must lie in 0..1, this one in {low:.4g}..{high:.4g}; scale it first")
+        return np.rint(np.clip(values.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    raise ImageError(f"the array holds {values.dtype}; convert it to uint8, uint16 or float in 0..1")
+
+
+def patchify(rgb: np.ndarray, pre: Preprocessor) -> np.ndarray:
+    """Cuts a resized picture into the vision encoder's input rows: what the C core does, in numpy.
+
+    rgb: u8[H, W, 3].   Returns f32[P, 3 * temporal_patch_size * patch_size ** 2], each row channel-major.
+    Order: cell by cell, row-major, the merge_size x merge_size patches of a cell next to each other, so that four
+    rows in a row become one token. Both temporal slots hold the same picture.
+    Raises ImageError for a size that is not a multiple of `pre.factor`.
+    Source: transformers `Qwen2VLImageProcessorPil.patchify`; values equal to its `pixel_values`.
+    """
+    height, width = rgb.shape[:2]
+    if height % pre.factor or width % pre.factor:
+        raise ImageError(f"{width}x{height} is not a multiple of {pre.factor} pixels per side; resize it first")
+    mean, std = np.array(pre.mean, np.float32), np.array(pre.std, np.float32)
+    scaled = (rgb.astype(np.float64) * (1 / 255)).astype(np.float32)  # the reference's roundings, in its order
+    values = ((scaled - mean) / std).transpose(2, 0, 1)
+    rows, columns = pre.grid(height, width)
+    cells = values.reshape(3, rows, pre.merge_size, pre.patch_size, columns, pre.merge_size, pre.patch_size)
+    patches = cells.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+    patches = np.broadcast_to(patches, (*patches.shape[:5], pre.temporal_patch_size, *patches.shape[6:]))
+    return patches.reshape(rows * columns * pre.merge_size**2, -1)

@@ -1,0 +1,268 @@
+"""migician-run: asks a model about pictures and prints its answer.
+
+stdout carries the answer only, stderr the story. Exit status: 0 done, 1 failed (one line on stderr), 2 usage,
+130 interrupted.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from .errors import MigicianError
+
+if TYPE_CHECKING:
+    from .model import Answer, Model
+
+__all__ = ["command", "main"]
+
+_SHEET_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line, checked as far as that goes without a model."""
+
+    images: tuple[str, ...]
+    prompt: str
+    model: str | None
+    backend: str
+    as_json: bool
+    draw: Path | None
+    max_new_tokens: int
+    min_pixels: int | None
+    max_pixels: int | None
+    max_side: int | None
+    threads: int
+    repetition_penalty: float | None
+    precision: str
+    logprobs: bool
+    stats: bool
+    stream: bool
+
+
+def _print_kernels(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from .engine import kernel_report
+
+        click.echo(kernel_report().rstrip("\n"))
+        context.exit()
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise click.BadParameter(f"{value} is not a finite number above 0.")
+    return value
+
+
+def _sheet_path(_: click.Context, __: click.Parameter, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    if Path(value).suffix.lower() not in _SHEET_FORMATS:
+        raise click.BadParameter(f"{value!r} does not end in {', '.join(_SHEET_FORMATS)}.")
+    return Path(value)
+
+
+_COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("words", nargs=-1, metavar="IMAGE... PROMPT")
+@click.option("--model", metavar="M", help="A .mig file, a checkpoint folder, a hub id, nano. [MIGICIAN_MODEL, nano]")
+@click.option("--backend", type=click.Choice(["native"]), default="native", show_default=True, help="What computes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--draw", metavar="OUT.png", callback=_sheet_path, help="Write a sheet of all pictures with their boxes.")
+@click.option("--max-new-tokens", type=_COUNT, default=512, show_default=True, metavar="N", help="Longest answer.")
+@click.option("--min-pixels", type=_COUNT, metavar="N", help="Enlarge pictures to at least this area. [the model's]")
+@click.option("--max-pixels", type=_COUNT, metavar="N", help="Shrink pictures to at most this area. [the model's]")
+@click.option("--max-side", type=_COUNT, metavar="N", help="Shrink pictures first until no side is longer.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, metavar="N", help="Threads. [0: one per core]")
+@click.option("--repetition-penalty", type=float, callback=_finite, metavar="X", help="1 turns it off. [the model's]")
+@click.option("--precision", type=click.Choice(["auto", "fp32"]), default="auto", help="Arithmetic. [auto]")
+@click.option("--logprobs", is_flag=True, help="Show each token's log-probability.")
+@click.option("--stats", is_flag=True, help="Show times and memory.")
+@click.option("--stream", is_flag=True, help="Show the answer as it comes.")
+@click.option("--kernels", is_flag=True, is_eager=True, expose_value=False, callback=_print_kernels,
+              help="Show which kernels serve this machine, and exit.")  # fmt: skip
+def command(words: tuple[str, ...], **options: Any) -> None:
+    """Asks PROMPT about the pictures and prints the answer; boxes are in pixels of the pictures as given.
+
+    PROMPT is one argument; - reads it from standard input.
+    """
+    if len(words) < 2:
+        raise click.UsageError("give at least one picture and, as the last argument, the question in quotes.")
+    low, high = options["min_pixels"], options["max_pixels"]
+    if low is not None and high is not None and low > high:
+        raise click.UsageError(f"--min-pixels {low} is more than --max-pixels {high}.")
+    prompt = words[-1]
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
+    _run(Request(images=words[:-1], prompt=prompt, **options))
+
+
+def _run(request: Request) -> None:
+    """Loads, asks, prints, draws."""
+    from .model import load
+
+    if request.draw is not None and not request.draw.resolve().parent.is_dir():
+        raise MigicianError(f"--draw {request.draw}: there is no folder {request.draw.resolve().parent}; create it")
+    with load(
+        request.model,
+        threads=request.threads,
+        precision=request.precision,
+        backend=request.backend,
+        min_pixels=request.min_pixels,
+        max_pixels=request.max_pixels,
+    ) as model:
+        answer = _ask(model, request)
+        if request.as_json:
+            click.echo(json.dumps(_as_dict(answer, model, request.logprobs), ensure_ascii=False, allow_nan=False))
+        else:
+            _print_text(answer, request)
+    if request.draw is not None:
+        _draw(request.draw, request, answer)
+        click.echo(f"wrote {request.draw}", err=True)
+
+
+def _ask(model: "Model", request: Request) -> "Answer":
+    """Takes the answer step by step; with --stream the text goes out as it comes (to stderr beside --json)."""
+    steps = model.stream(
+        request.images,
+        request.prompt,
+        max_new_tokens=request.max_new_tokens,
+        max_side=request.max_side,
+        repetition_penalty=request.repetition_penalty,
+    )
+    shown = ""
+    for step in steps:
+        if request.stream:
+            shown += step.text
+            click.echo(step.text, nl=False, err=request.as_json)
+    if request.stream:
+        click.echo(steps.answer.text[len(shown) :], err=request.as_json)
+    return steps.answer
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity: a number without a finite value becomes null."""
+    return value if math.isfinite(value) else None
+
+
+def _as_dict(answer: "Answer", model: "Model", logprobs: bool) -> dict[str, Any]:
+    """The object that --json prints."""
+    result: dict[str, Any] = {
+        "text": answer.text,
+        "boxes": [
+            {
+                "image": box.image,
+                "label": box.label,
+                "xyxy": list(box.xyxy),
+                "grid": list(box.grid),
+                "score": _number(box.score),
+            }
+            for box in answer.boxes
+        ],
+        "model": model.name,
+        "backend": model.backend,
+        "prompt_tokens": answer.prompt_tokens,
+        "finish": answer.finish,
+    }
+    if logprobs:
+        result["tokens"] = [{"id": token.id, "logprob": _number(token.logprob)} for token in answer.tokens]
+    result["stats"] = answer.stats
+    return result
+
+
+def _print_text(answer: "Answer", request: Request) -> None:
+    """The answer on stdout, in a terminal with a table of its boxes; what else was asked for on stderr."""
+    if not request.stream:
+        click.echo(answer.text)
+    if answer.boxes and sys.stdout.isatty():
+        click.echo()
+        click.echo(_table(answer, request.images))
+    if answer.finish == "length":
+        click.echo(f"the answer was cut after {request.max_new_tokens} tokens; raise --max-new-tokens", err=True)
+    if answer.unparsed:
+        click.echo(f"{answer.unparsed} malformed boxes were left in the text", err=True)
+    if request.logprobs:
+        for token in answer.tokens:
+            click.echo(f"token {token.id}  {token.logprob:.4f}", err=True)
+    if request.stats:
+        click.echo("  ".join(f"{name} {value:g}" for name, value in answer.stats.items()), err=True)
+
+
+def _table(answer: "Answer", images: Sequence[str]) -> str:
+    """One line per box: picture, label, pixels, score."""
+    rows = [("picture", "file", "label", "x1 y1 x2 y2", "score")]
+    for box in answer.boxes:
+        corners = " ".join(f"{value:.0f}" for value in box.xyxy)
+        label = " ".join(box.label.split())
+        label = label if len(label) <= 32 else label[:31] + "…"
+        rows.append((str(box.image), os.path.basename(images[box.image]), label, corners, f"{box.score:.2f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _draw(path: Path, request: Request, answer: "Answer") -> None:
+    """Writes the contact sheet under a temporary name and renames it, so that a sheet is whole or absent."""
+    from .draw import contact_sheet
+    from .image import open_picture
+
+    sheet = contact_sheet([open_picture(image) for image in request.images], answer.boxes, title=request.prompt)
+    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            sheet.save(file, format=_SHEET_FORMATS[path.suffix.lower()])
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    click.echo(f"migician-run: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command and turns every failure into one line and an exit status."""
+    try:
+        status = command.main(None if arguments is None else list(arguments), "migician-run", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except MigicianError as error:
+        _fail(str(error) or type(error).__name__)
+    except BrokenPipeError:  # the reader of stdout left; nothing more can be said there, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except MemoryError:
+        _fail("out of memory; give fewer or smaller pictures (--max-side), or a smaller --max-new-tokens")
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; correct it and run again")
+    except Exception as error:
+        _fail(f"internal error: {type(error).__name__}: {error}; please report it with the command that shows it")
+
+
+if __name__ == "__main__":
+    main()
