@@ -30,8 +30,6 @@ size_t migi_attention_scratch(const migi_kernels *k, int size)
     return sizeof(float) * (Q_BLOCK * KEY_BLOCK + 2 * Q_BLOCK * s + 2 * KEY_BLOCK * s + 2 * Q_BLOCK);
 }
 
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-
 /* Folds scores of one row into its running maximum and sum; returns the factor for what was summed before. */
 static float fold(const migi_kernels *k, float *scores, int n, float *max, float *sum)
 {

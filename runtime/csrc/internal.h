@@ -11,6 +11,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+
 /* ---- errors */
 
 migi_status migi_fail(migi_error *err, migi_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -73,8 +75,8 @@ enum {
 
 /* Applies up to MIGI_LINEARS maps to the same x[T, K]. */
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows);
-size_t migi_linear_scratch(const migi_kernels *k);
-/* x padded to what bf16 products read. */
+size_t migi_linear_scratch(void);
+/* n padded to what bf16 products read. */
 static inline size_t migi_padded(size_t n) { return (n + MIGI_K_STEP - 1) / MIGI_K_STEP * MIGI_K_STEP; }
 
 /* ---- attention */

@@ -27,14 +27,11 @@ typedef struct call {
     size_t ld_rounded;
 } call;
 
-size_t migi_linear_scratch(const migi_kernels *k)
+size_t migi_linear_scratch(void)
 {
-    (void)k;
     size_t f32 = (size_t)K_BLOCK_F32 * N_BLOCK * 4, bf16 = (size_t)K_BLOCK_BF16 / 2 * N_BLOCK * 4;
     return f32 > bf16 ? f32 : bf16;
 }
-
-static inline int min_int(int a, int b) { return a < b ? a : b; }
 
 static void few_rows(const call *c, const linear *job, int n0, int n)
 {

@@ -24,7 +24,7 @@ static sizes session_layout(const migi_model *m, const migi_kernels *k, int cont
     size_t widest = larger(larger(larger(z.hidden, z.q), larger(z.mlp, (size_t)c->v_mlp)), larger((size_t)c->v_dim, patch));
     z.rounded = larger(z.chunk * migi_padded(widest), z.chunk / (size_t)(c->merge * c->merge) * migi_padded(merged));
     size_t attend = larger(migi_attention_scratch(k, c->head_dim), migi_attention_scratch(k, c->v_dim / c->v_heads));
-    z.scratch = (larger(migi_linear_scratch(k), attend) + 63) / 64 * 64;
+    z.scratch = (larger(migi_linear_scratch(), attend) + 63) / 64 * 64;
     return z;
 }
 
