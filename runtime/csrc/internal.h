@@ -148,7 +148,7 @@ struct migi_session {
     int32_t *positions; /* [3][context] */
     int32_t next_position;
     bool logits_ready;
-    float *x, *h, *q, *kv, *gate, *up, *angles, *logits; /* see session_layout in session.c */
+    float *x, *h, *q, *gate, *up, *angles, *logits; /* sized in migi_session_new */
     unsigned char *seen;                                 /* [vocab] tokens on the timeline, for the repetition penalty */
 };
 

@@ -20,7 +20,7 @@ enum {
 typedef struct call {
     workspace *ws;
     const linear *jobs;
-    int count, first[MIGI_LINEARS + 1]; /* first task of each map */
+    int first[MIGI_LINEARS + 1]; /* first task of each map */
     const float *x;
     size_t ldx;
     int rows, block; /* rows of x; columns per task */
@@ -125,7 +125,7 @@ static void round_row(void *arg, int row, int worker)
 
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows)
 {
-    call c = {.ws = ws, .jobs = jobs, .count = count, .x = x, .ldx = ldx, .rows = rows, .block = N_BLOCK};
+    call c = {.ws = ws, .jobs = jobs, .x = x, .ldx = ldx, .rows = rows, .block = N_BLOCK};
     for (int i = 0; i < count; i++)
         c.first[i + 1] = c.first[i] + (jobs[i].w->rows + c.block - 1) / c.block;
     if (rows > FEW_ROWS && ws->bf16) {
