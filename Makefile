@@ -25,7 +25,8 @@ lint: $(VENV)/.test
 
 c-test: $(VENV)/.test
 ifneq ($(wildcard tests/c/Makefile),)
-	$(MAKE) -C tests/c test PYTHON=$(abspath $(BIN)/python)
+	$(MAKE) -j 2 -C tests/c build
+	$(MAKE) -C tests/c test
 endif
 
 # A plain install; an editable one that `make test` made serves as well while it is newer than the sources.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from .runtime.model import Answer, Chat, Model, Step, Token, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Answer",

@@ -18,17 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig, parse_config, parse_repetition_penalty, tensor_shapes
+from .config import ModelConfig, parse_config, parse_repetition_penalty
 from .errors import MigicianError, ModelFileError, UnsupportedError
 from .image import Preprocessor
+from .quantization import Quantization, stored_tensors
 from .tensors import Tensor, TensorFile, parse_json, shown
 
-__all__ = ["NANO_FILE", "Checkpoint", "assemble", "canonical_name", "find_in_cache", "open_checkpoint"]
+__all__ = ["NANO_FILE", "Checkpoint", "assemble", "canonical_name", "derive", "find_in_cache", "open_checkpoint"]
 
 NANO_FILE = Path(__file__).with_name("nano.mig")
 
 _MAX_JSON_BYTES = 256 << 20
 _AGAIN = "download or export it again"
+_FROM_BF16 = "give the unquantized bf16 checkpoint, or export a .mig file from it"
+_FOREIGN = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # of tools that leave config.json as it was
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _RENAMES = (
     ("model.language_model.", "model."),
@@ -42,10 +45,13 @@ _RENAMES = (
 class Checkpoint:
     """An opened model: geometry, mapped weights and the texts that go with them.
 
-    tensors: exactly those that tensor_shapes(config) lists, in its order, each BF16 or F32, shape checked.
-    raw: the JSON texts `config`, `preprocessor`, `generation` ("{}" where a folder has none).
+    tensors: exactly those that stored_tensors(config, quantization) lists, in its order, dtype and shape checked.
+    raw: the JSON texts `config`, `preprocessor`, `generation` ("{}" where a folder has none); those of a .mig file
+    have `quantization` and `calibration` too.
+    quantization: None where every weight is BF16 or F32.
     metadata: the other words of a .mig file's header; empty for a folder.
     unused: tensors that the files hold and the model does not want.
+    where: the file or folder, for messages.
     """
 
     name: str
@@ -55,9 +61,11 @@ class Checkpoint:
     preprocessor: Preprocessor
     repetition_penalty: float
     raw: dict[str, str] = field(repr=False)
+    quantization: Quantization | None = field(default=None, repr=False)
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
     unused: tuple[str, ...] = field(default=(), repr=False)
     files: tuple[TensorFile, ...] = field(default=(), repr=False)
+    where: str = ""
 
     def close(self) -> None:
         """Lets go of the mapped files; tensors still held elsewhere stay valid."""
@@ -147,6 +155,9 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     raw = {"config": _read_text(folder / "config.json"), "generation": "{}"}
     # the architecture is judged before anything else is asked for
     parse_config(parse_json(raw["config"], folder / "config.json", "configuration"), where=f"{folder}/config.json")
+    for file_name, method in _FOREIGN.items():
+        if (folder / file_name).exists():
+            raise UnsupportedError(f"{folder / file_name}: weights quantized with {method}; {_FROM_BF16}")
     if (folder / "generation_config.json").exists():
         raw["generation"] = _read_text(folder / "generation_config.json")
     raw["preprocessor"] = _read_preprocessor(folder)
@@ -253,7 +264,12 @@ def assemble(
     metadata: Mapping[str, str] | None = None,
     where: Path,
 ) -> Checkpoint:
-    """Puts the parts of a model together, checking each: settings, geometry, and every tensor against it."""
+    """Puts the parts of a model together, checking each: settings, geometry, policy, and every tensor against them.
+
+    raw: as in Checkpoint; without `quantization` nothing is quantized.   found: the tensors under any layout's names.
+    files: closed with the checkpoint.   where: the file or folder, for messages.
+    Raises ModelFileError, UnsupportedError.
+    """
     config_dict = parse_json(raw["config"], where, "configuration")
     generation = parse_json(raw["generation"], where, "generation configuration")
     folder = f"{where}/" if where.is_dir() else f"{where}: "
@@ -268,7 +284,8 @@ def assemble(
                 f"{where}: {key} is {pictures} in the preprocessor's settings and {encoder} in the vision encoder's; "
                 f"restore the files that belong together"
             )
-    tensors, unused = _select(config, found, where)
+    quantization = Quantization.parse(raw.get("quantization", "none"), config, where=where)
+    tensors, unused = _select(config, quantization, found, where)
     return Checkpoint(
         name=name,
         config=config,
@@ -277,9 +294,11 @@ def assemble(
         preprocessor=preprocessor,
         repetition_penalty=parse_repetition_penalty(generation, where=f"{folder}generation_config.json"),
         raw=dict(raw),
+        quantization=quantization,
         metadata=dict(metadata or {}),
         unused=unused,
         files=tuple(files),
+        where=str(where),
     )
 
 
@@ -295,8 +314,30 @@ def _parse_preprocessor(settings: dict[str, Any], where: Path) -> Preprocessor:
         ) from None
 
 
-def _select(config: ModelConfig, found: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Picks every tensor that the geometry wants, by published name; the rest are returned as names."""
+def derive(
+    source: Checkpoint,
+    found: Mapping[str, Tensor],
+    *,
+    texts: Mapping[str, str],
+    files: Iterable[TensorFile] = (),
+    where: str | os.PathLike[str],
+) -> Checkpoint:
+    """Makes a checkpoint of another's words and these tensors, checked as if it had been opened.
+
+    found: tensors by published name, of `files` or of memory; write_mig streams them from where they lie.
+    texts: what changes in `raw`: config, quantization, calibration.   where: what they are called in messages.
+    `source` must stay open as long as its own tensors are among those found.
+    """
+    raw = {**source.raw, **texts}
+    return assemble(
+        source.name, raw, source.tokenizer_json, found, files=files, metadata=source.metadata, where=Path(where)
+    )
+
+
+def _select(
+    config: ModelConfig, quantization: Quantization | None, found: Mapping[str, Tensor], where: Path
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Picks every tensor that geometry and policy want, by published name; the rest are returned as names."""
     named: dict[str, Tensor] = {}
     for own, tensor in found.items():
         published = canonical_name(own)
@@ -304,30 +345,48 @@ def _select(config: ModelConfig, found: Mapping[str, Tensor], where: Path) -> tu
             other = shown(named[published].name)
             raise ModelFileError(f"{where}: {shown(own)} and {other} are the same tensor twice; remove one of them")
         named[published] = tensor
-    wanted = tensor_shapes(config)
     tensors = {}
-    for published, shape in wanted.items():
+    for published, (dtypes, shape) in stored_tensors(config, quantization).items():
         if published not in named:
-            hint = " or set tie_word_embeddings" if published == "lm_head.weight" else ""
-            raise ModelFileError(
-                f"{where}: tensor {published} {list(shape)} is missing; use the config.json of these weights{hint}"
-            )
+            raise _missing(published, shape, named, quantization, where)
         tensor = named.pop(published)
-        _check_tensor(tensor, shape, where)
+        _check_tensor(tensor, dtypes, shape, quantization, where)
         tensor = tensor.aligned()
         tensors[published] = Tensor(published, tensor.dtype, tensor.shape, tensor.data)
     return tensors, tuple(sorted(tensor.name for tensor in named.values()))
 
 
-def _check_tensor(tensor: Tensor, shape: tuple[int, ...], where: Path) -> None:
-    if tensor.dtype not in ("BF16", "F32"):
-        how = "load it with transformers (dtype=torch.bfloat16) and save_pretrained" if tensor.dtype == "F16" else ""
-        raise UnsupportedError(
-            f"{where}: tensor {shown(tensor.name)} is {tensor.dtype}, BF16 and F32 are served; "
-            f"{how or 'use the unquantized bf16 checkpoint'}"
+def _missing(
+    name: str, shape: tuple[int, ...], named: Mapping[str, Tensor], quantization: Quantization | None, where: Path
+) -> MigicianError:
+    fault = f"{where}: tensor {name} {list(shape)} is missing"
+    if quantization:
+        return ModelFileError(f"{fault}, though config and quantization policy ask for it; export it again")
+    if any(own.endswith((".qweight", ".weight_packed")) for own in named):
+        return UnsupportedError(f"{where}: weights that another tool quantized; {_FROM_BF16}")
+    hint = " or set tie_word_embeddings" if name == "lm_head.weight" else ""
+    return ModelFileError(f"{fault}; use the config.json of these weights{hint}")
+
+
+def _check_tensor(
+    tensor: Tensor,
+    dtypes: frozenset[str],
+    shape: tuple[int, ...],
+    quantization: Quantization | None,
+    where: Path,
+) -> None:
+    name = shown(tensor.name)
+    if quantization and (tensor.dtype not in dtypes or tensor.shape != shape):
+        raise ModelFileError(
+            f"{where}: tensor {name} is {tensor.dtype}{list(tensor.shape)}, config and quantization policy ask for "
+            f"{' or '.join(sorted(dtypes))}{list(shape)}; export it again"
         )
+    if tensor.dtype not in dtypes:
+        how = "load it with transformers (dtype=torch.bfloat16) and save_pretrained" if tensor.dtype == "F16" else ""
+        how = how or _FROM_BF16
+        raise UnsupportedError(f"{where}: tensor {name} is {tensor.dtype}, BF16 and F32 are served; {how}")
     if tensor.shape != shape:
         raise ModelFileError(
-            f"{where}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; "
+            f"{where}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; "
             f"use the config.json of these weights"
         )

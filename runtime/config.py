@@ -181,8 +181,11 @@ def _check_family(root: _Reader) -> None:
     if quantized is None:
         quantized = root.sub("text_config", {}).get("quantization_config")
     if quantized is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
-        raise root.unsupported(f"weights quantized with {shown(method)}", "give the unquantized bf16 checkpoint")
+        method = quantized.get("quant_method", "another tool") if isinstance(quantized, Mapping) else quantized
+        raise root.unsupported(
+            f"weights quantized with {shown(method)} (quantization_config)",
+            "give the unquantized bf16 checkpoint, or export a .mig file from it",
+        )
 
 
 def _parse_text(table: _Reader, tied: bool) -> TextConfig:

@@ -14,8 +14,9 @@ import numpy as np
 from ._migi import ffi, lib
 from .checkpoint import Checkpoint
 from .errors import Cancelled, ContextFullError, MigicianError, ModelFileError, UnsupportedError
+from .tensors import Tensor
 
-__all__ = ["Pool", "Session", "Vision", "Weights", "kernel_report", "patchify", "positions"]
+__all__ = ["Pool", "Session", "Vision", "Weights", "integer_sums", "kernel_report", "patchify", "positions"]
 
 _ERRORS: dict[int, type[MigicianError]] = {
     lib.MIGI_E_MODEL: ModelFileError,
@@ -24,7 +25,7 @@ _ERRORS: dict[int, type[MigicianError]] = {
     lib.MIGI_E_CANCELLED: Cancelled,
     lib.MIGI_E_NUMERIC: ModelFileError,
 }
-_DTYPES = {"BF16": lib.MIGI_BF16, "F32": lib.MIGI_F32}
+_DTYPES = {"BF16": lib.MIGI_BF16, "F32": lib.MIGI_F32, "I8": lib.MIGI_I8, "U8": lib.MIGI_U8}
 _raised = threading.local()
 
 
@@ -85,8 +86,21 @@ def _config(checkpoint: Checkpoint) -> Any:
     return c
 
 
+def _fill(slot: Any, name: str, tensor: Tensor) -> list[Any]:
+    """Describes one tensor to the core; returns what must outlive the description."""
+    keep = [ffi.new("char[]", name.encode()), ffi.from_buffer(tensor.data)]
+    slot.name, slot.data, slot.bytes = keep[0], ffi.cast("void *", keep[1]), tensor.nbytes
+    slot.dtype, slot.rank = _DTYPES.get(tensor.dtype, 0), len(tensor.shape)
+    for i, n in enumerate(tensor.shape[:5]):
+        slot.shape[i] = n
+    return keep
+
+
 class Weights:
-    """A checkpoint bound to the core; keeps the mapped file alive."""
+    """A checkpoint bound to the core; keeps the mapped file alive.
+
+    bytes: size of the weights as stored, quantized ones with their scales and factors.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -94,11 +108,7 @@ class Weights:
         keep: list[Any] = []
         tensors = ffi.new("migi_tensor[]", max(1, len(checkpoint.tensors)))
         for slot, (name, tensor) in zip(tensors, checkpoint.tensors.items(), strict=False):
-            keep += [ffi.new("char[]", name.encode()), ffi.from_buffer(tensor.data)]
-            slot.name, slot.data = keep[-2], ffi.cast("void *", keep[-1])
-            slot.dtype, slot.rank = _DTYPES.get(tensor.dtype, 0), len(tensor.shape)
-            for i, n in enumerate(tensor.shape[:5]):
-                slot.shape[i] = n
+            keep += _fill(slot, name, tensor)
         out, err = ffi.new("migi_model **"), ffi.new("migi_error *")
         _check(lib.migi_model_new(out, self.config, tensors, len(checkpoint.tensors), err), err)
         self._keep = keep
@@ -125,7 +135,7 @@ class Session:
 
     def __init__(self, weights: Weights, pool: Pool, *, context: int, fp32: bool = False) -> None:
         self.weights, self.pool, self.context = weights, pool, context
-        options = ffi.new("migi_session_options *")
+        options = self._options = ffi.new("migi_session_options *")
         options.context, options.fp32, options.poll = context, int(fp32), lib.migi_poll_signals
         self._err = ffi.new("migi_error *")
         out = ffi.new("migi_session **")
@@ -179,9 +189,7 @@ class Session:
 
     def bytes(self) -> int:
         """Memory of a session like this one."""
-        options = ffi.new("migi_session_options *")
-        options.context = self.context
-        return lib.migi_session_bytes(self.weights.handle, self.pool.handle, options)
+        return lib.migi_session_bytes(self.weights.handle, self.pool.handle, self._options)
 
 
 def patchify(weights: Weights, rgb: np.ndarray) -> np.ndarray:
@@ -206,3 +214,26 @@ def positions(weights: Weights, ids: Sequence[int], grids: Sequence[tuple[int, i
         lib.migi_positions(weights.config, ffi.new("int32_t[]", list(ids)), len(ids), flat, len(grids), data, err), err
     )
     return out
+
+
+def integer_sums(pool: Pool, weight: Tensor, factors: Tensor | None, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The core's integer product of x f32[T, K] with one quantized matrix: (sums i32[T, Np], scales f32[T]).
+
+    weight: the stored int8 or int4 blocks.   factors: an int4 matrix's group factors, None for int8.
+    x[t] becomes int8 by scales[t]; times scales[t] and the matrix's own scale of a row, sums are the outputs.
+    Raises ModelFileError when the tensors do not fit each other or K.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    slots, err = ffi.new("migi_tensor[2]"), ffi.new("migi_error *")
+    keep = _fill(slots[0], weight.name, weight)
+    if factors is not None:
+        keep += _fill(slots[1], factors.name, factors)
+    rows, k = x.shape
+    sums = np.zeros((rows, 16 * weight.shape[0] if weight.shape else 0), np.int32)
+    scales = np.zeros(rows, np.float32)
+    group = ffi.NULL if factors is None else slots + 1
+    data = ffi.from_buffer("float[]", x)
+    out = ffi.from_buffer("int32_t[]", sums, require_writable=True)
+    out_scales = ffi.from_buffer("float[]", scales, require_writable=True)
+    _check(lib.migi_integer_sums(pool.handle, slots, group, data, rows, k, out, out_scales, err), err)
+    return sums, scales

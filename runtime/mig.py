@@ -12,10 +12,11 @@
 | tokenizer      | its tokenizer.json                                                   |
 | preprocessor   | its preprocessor_config.json                                         |
 | generation     | its generation_config.json, "{}" if it has none                      |
-| quantization   | "none"                                                               |
-| calibration    | hash of the calibration manifest, empty if nothing was calibrated    |
+| quantization   | "none", or the policy in JSON: quantization.py                       |
+| calibration    | sha256 of the calibration manifest, empty if nothing was calibrated  |
 | checksum       | "sha256:" + hex digest of the data section, everything behind the header |
 
+Other keys are words about the model; `report`, JSON, is what the exporter measured (describe.py reads it).
 safetensors allows no hole between tensors, so where one ends off the boundary a U8 tensor `_pad.N` fills the gap.
 """
 
@@ -23,6 +24,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -46,7 +48,8 @@ def write_mig(path: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Ma
 
     extra: further `__metadata__` strings (a model card's figures, say); the keys of the format itself are refused.
     The file appears under its name complete or not at all: written beside it, synced, renamed. Weights stream
-    through in 8 MB pieces. Raises ModelFileError when the place cannot be written, ValueError for a bad `extra`.
+    through in 8 MB pieces from wherever their tensors are mapped (checkpoint.derive puts together an exporter's own).
+    Raises ModelFileError when the place cannot be written, ValueError for a bad `extra`.
     """
     path = Path(path)
     metadata = _metadata(checkpoint, extra or {})
@@ -167,9 +170,9 @@ def _check_format(file: TensorFile) -> dict[str, str]:
         )
     if missing := sorted(_OWN - metadata.keys()):
         raise ModelFileError(f"{path}: the header lacks {', '.join(missing)}; export it again")
-    if metadata["quantization"] != "none":
-        raise UnsupportedError(
-            f"{path}: quantization {shown(metadata['quantization'])} is not read by this release; upgrade it"
+    if not re.fullmatch("([0-9a-f]{64})?", metadata["calibration"]):
+        raise ModelFileError(
+            f"{path}: calibration is {shown(metadata['calibration'])}, expected a sha256 or nothing; export it again"
         )
     for name, tensor in file.tensors.items():
         if not name.startswith(_PAD) and tensor.data.ctypes.data % ALIGN_BYTES:

@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from .boxes import Box, parse_boxes
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
+from .describe import describe
 from .engine import Pool, Session, Vision, Weights
-from .errors import ContextFullError, MigicianError, UnsupportedError
+from .errors import ContextFullError, MigicianError, ModelFileError, UnsupportedError
 from .image import Picture, PictureSource, load_picture
 from .prompt import TextStream, Vocabulary, build_prompt, token_spans
 
@@ -122,10 +124,13 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.preprocessor = checkpoint.preprocessor
         self._checkpoint = checkpoint
-        self._vocabulary = Vocabulary(checkpoint.tokenizer_json)
         self._fp32 = precision == "fp32"
         self._pool = Pool(threads)
-        self._weights: Weights | None = Weights(checkpoint)
+        try:
+            self._vocabulary = Vocabulary(checkpoint.tokenizer_json)
+            self._weights: Weights | None = Weights(checkpoint)
+        except (ModelFileError, UnsupportedError) as error:  # these know of tensors and words, not of files
+            raise type(error)(f"{checkpoint.where}: {error}") from None
         self._session: Session | None = None
 
     def __enter__(self) -> "Model":
@@ -135,6 +140,12 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def describe(self) -> dict[str, Any]:
+        """Says what the model's file is: size by part, quantization policy, what its exporter measured."""
+        if self._weights is None:
+            raise MigicianError("the model is closed; load it again")
+        return describe(self._checkpoint)
 
     def close(self) -> None:
         """Frees the session and the weights' mapping; later calls raise MigicianError."""
@@ -318,8 +329,8 @@ def load(
     """Loads a model: a .mig file, a Hugging Face folder, a hub id in the local cache, or "nano".
 
     source: None takes MIGICIAN_MODEL, else nano. threads: 0 is one per core. precision: "auto" lets activations be
-    rounded to bf16 where the CPU multiplies them faster, "fp32" never. min_pixels, max_pixels: bounds on a resized
-    picture's area, in place of the model's own.
+    rounded, to int8 before quantized weights and to bf16 where the CPU multiplies that faster, "fp32" never.
+    min_pixels, max_pixels: bounds on a resized picture's area, in place of the model's own.
     Raises ModelFileError, UnsupportedError.
     """
     if backend != "native":

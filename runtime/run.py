@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from .command import run_command
 from .errors import MigicianError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ _COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
 @click.option("--repetition-penalty", type=float, callback=_finite, metavar="X", help="1 turns it off. [the model's]")
 @click.option("--precision", type=click.Choice(["auto", "fp32"]), default="auto", help="Arithmetic. [auto]")
 @click.option("--logprobs", is_flag=True, help="Show each token's log-probability.")
-@click.option("--stats", is_flag=True, help="Show times and memory.")
+@click.option("--stats", is_flag=True, help="Show what the model is, times and memory.")
 @click.option("--stream", is_flag=True, help="Show the answer as it comes.")
 @click.option("--kernels", is_flag=True, is_eager=True, expose_value=False, callback=_print_kernels,
               help="Show which kernels serve this machine, and exit.")  # fmt: skip
@@ -122,6 +123,10 @@ def _run(request: Request) -> None:
         min_pixels=request.min_pixels,
         max_pixels=request.max_pixels,
     ) as model:
+        if request.stats:
+            from .describe import describe_line
+
+            click.echo(describe_line(model.describe()), err=True)
         answer = _ask(model, request)
         if request.as_json:
             click.echo(json.dumps(_as_dict(answer, model, request.logprobs), ensure_ascii=False, allow_nan=False))
@@ -235,33 +240,14 @@ def _umask() -> int:
     return mask
 
 
-def _fail(message: str, status: int = 1) -> NoReturn:
-    click.echo(f"migician-run: {' '.join(message.split())}", err=True)
-    sys.exit(status)
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command and turns every failure into one line and an exit status."""
-    try:
-        status = command.main(None if arguments is None else list(arguments), "migician-run", standalone_mode=False)
-        sys.stdout.flush()
-        sys.exit(status if isinstance(status, int) else 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", 130)
-    except MigicianError as error:
-        _fail(str(error) or type(error).__name__)
-    except BrokenPipeError:  # the reader of stdout left; nothing more can be said there, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except MemoryError:
-        _fail("out of memory; give fewer or smaller pictures (--max-side), or a smaller --max-new-tokens")
-    except OSError as error:
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; correct it and run again")
-    except Exception as error:
-        _fail(f"internal error: {type(error).__name__}: {error}; please report it with the command that shows it")
+    run_command(
+        command,
+        "migician-run",
+        arguments,
+        out_of_memory="out of memory; give fewer or smaller pictures (--max-side), or a smaller --max-new-tokens",
+    )
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self.data_start = 0
         self._map = _map_file(self.path)
+        self.size_bytes = len(self._map)
         try:
             self._read_header()
         except BaseException:

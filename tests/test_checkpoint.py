@@ -163,6 +163,28 @@ def test_canonical_names():
     assert canonical_name("model.visual.blocks.3.norm1.bias") == "visual.blocks.3.norm1.bias"
 
 
+def test_weights_that_another_tool_quantized(folder):
+    """Whatever it left behind, the message says what the weights are and where to go from here."""
+    config = folder / "config.json"
+    before = config.read_text()
+    for settings in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"bits": 4}, "aqlm"):
+        edit_json(config, quantization_config=settings)
+        message = refused(folder, UnsupportedError)
+        assert str(config) in message and "quantized with" in message and "bf16" in message
+    config.write_text(before)
+    for name, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
+        (folder / name).write_text("{}")
+        message = refused(folder, UnsupportedError)
+        assert name in message and method in message and "bf16" in message
+        (folder / name).unlink()
+
+    def pack(header, data):
+        header["model.layers.0.mlp.up_proj.qweight"] = header.pop("model.layers.0.mlp.up_proj.weight")
+
+    rewrite(folder / "model.safetensors", pack)
+    assert "another tool quantized" in refused(folder, UnsupportedError)
+
+
 def test_generation_config_is_optional(folder):
     (folder / "generation_config.json").unlink()
     with open_checkpoint(folder) as model:

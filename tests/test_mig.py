@@ -178,7 +178,10 @@ def test_foreign_versions_and_metadata(file):
         return file
 
     assert "version 2" in refused(edited(format_version="2"), UnsupportedError)
-    assert "int4" in refused(edited(quantization="int4"), UnsupportedError)
+    assert "version is 2" in refused(edited(quantization='{"version": 2}'), UnsupportedError)
+    refused(edited(quantization="int4"))
+    refused(edited(calibration="yesterday"))
+    refused(edited(calibration="A" * 64))
     assert "plain safetensors" in refused(edited(format="pt"))
     refused(edited(config="{"))
     refused(edited(config="[]"))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from PIL import Image
+from quantized import make_quantized
 
 QUESTION = "Where is the image in the second picture?"
 
@@ -82,6 +83,40 @@ def test_stats_and_logprobs_are_told_on_stderr(tiny: Path, picture: Path) -> Non
     done = short(tiny, picture, QUESTION, "--stats", "--logprobs")
     assert "prefill_ms" in done.stderr and "token " in done.stderr
     assert done.stdout == short(tiny, picture, QUESTION).stdout
+    assert done.stderr.startswith("model model: bf16, 16.0 bits per weight, ")
+
+
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+def test_a_quantized_model_answers_and_says_so(tiny: Path, picture: Path, tmp_path: Path, mode: str) -> None:
+    words = {"int4": "int4 groups of 64 to 128 + int8, rotated, ", "int8": "int8, "}[mode]
+    path = make_quantized(tiny, tmp_path / "small.mig", mode, rotated=mode == "int4")
+    done = short(path, picture, QUESTION, "--stats", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"model small: {words}") and "bits per weight" in done.stderr
+    plain = json.loads(short(tiny, picture, QUESTION, "--json").stdout)["stats"]
+    assert 0 < json.loads(done.stdout)["stats"]["weights_mb"] < plain["weights_mb"] * 0.7
+
+
+def test_a_damaged_quantized_model_is_one_line(tiny: Path, picture: Path, tmp_path: Path) -> None:
+    path = make_quantized(tiny, tmp_path / "small.mig")
+    content = path.read_bytes()
+    path.write_bytes(content[:-64] + bytes(64))
+    assert_one_line(short(path, picture, QUESTION), str(path), "checksum")
+    path.write_bytes(content.replace(b"weight_group", b"weight_gruop", 1))
+    assert_one_line(short(path, picture, QUESTION), str(path), "weight_group")
+
+
+def test_a_model_that_another_tool_quantized_is_one_line(picture: Path, tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        edit_json(folder / "config.json", quantization_config={"quant_method": "awq"})
+
+    assert_one_line(short(broken(tmp_path, change), picture, QUESTION), "awq", "bf16")
+
+
+def test_stats_say_what_the_model_is_beside_json_too(tiny: Path, picture: Path) -> None:
+    done = short(tiny, picture, QUESTION, "--stats", "--json")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("model model: bf16, ")
+    assert json.loads(done.stdout)["stats"]["weights_mb"] > 0
 
 
 def test_the_prompt_may_come_from_stdin(tiny: Path, picture: Path) -> None:

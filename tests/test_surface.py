@@ -61,7 +61,16 @@ def test_migician_run_has_every_option_of_its_contract() -> None:
     assert set(wanted.split()) <= set(re.findall(r"--[a-z-]+", text))
 
 
-@pytest.mark.parametrize("name", ["migician-run", "migician-train"])
+def test_migician_export_has_every_option_of_its_contract() -> None:
+    from migician.export.cli import command as export
+
+    text = CliRunner().invoke(export, ["--help"]).output
+    wanted = """--int4 --int8 --bf16 --out --calib --samples --seed --format --resume --report --max-iou-drop
+        --describe"""
+    assert set(wanted.split()) <= set(re.findall(r"--[a-z0-9-]+", text))
+
+
+@pytest.mark.parametrize("name", ["migician-calib", "migician-export", "migician-run", "migician-train"])
 def test_every_command_explains_itself(name: str) -> None:
     found = [entry for entry in entry_points(group="console_scripts") if entry.name == name]
     if not found:

@@ -43,10 +43,14 @@ const migi_kernels *migi_pool_kernels(const migi_pool *pool);
 /* ---- linear maps */
 
 typedef struct matrix {
-    const void *data; /* [rows, cols] row-major, as stored */
+    const void *data;       /* as stored. BF16, F32: [rows, cols] row-major; I8, U8: the int8 and int4 blocks of kernels.h */
+    const uint8_t *factors; /* U8: [rows / 16][cols padded / group][16] */
+    const float *scales;    /* I8, U8: [rows padded to 16] */
     migi_dtype dtype;
-    int rows, cols;
+    int rows, cols, group;
 } matrix;
+
+static inline bool is_quantized(const matrix *m) { return m->dtype == MIGI_I8 || m->dtype == MIGI_U8; }
 
 /* y[T, N] (+)= x[T, K] w[N, K]^T + bias */
 typedef struct linear {
@@ -61,10 +65,13 @@ typedef struct linear {
 typedef struct workspace {
     migi_pool *pool;
     const migi_kernels *k;
-    bool bf16;          /* activations may be rounded to bf16 */
-    uint16_t *rounded;  /* [rows, K padded] */
-    size_t rounded_len; /* elements */
-    char *scratch;      /* scratch_bytes for each worker */
+    bool bf16;            /* activations may be rounded to bf16 */
+    bool integers;        /* activations of quantized weights become int8 */
+    uint16_t *rounded;    /* [rows, K padded], rounded_len elements */
+    int8_t *quantized;    /* [rows, K padded], quantized_len elements */
+    float *row_scales;    /* [MIGI_CHUNK] of the quantized rows */
+    size_t rounded_len, quantized_len;
+    char *scratch;        /* scratch_bytes for each worker */
     size_t scratch_bytes;
 } workspace;
 
@@ -76,8 +83,11 @@ enum {
 /* Applies up to MIGI_LINEARS maps to the same x[T, K]. */
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows);
 size_t migi_linear_scratch(void);
-/* n padded to what bf16 products read. */
+/* n padded to what bf16 products, and what integer products read. */
 static inline size_t migi_padded(size_t n) { return (n + MIGI_K_STEP - 1) / MIGI_K_STEP * MIGI_K_STEP; }
+static inline size_t migi_padded_int8(size_t n) { return (n + MIGI_K_INT8 - 1) / MIGI_K_INT8 * MIGI_K_INT8; }
+/* to[r * step_row + i * step_k] <- w[row + r, k + i], r < rows, i < depth, of a quantized matrix. */
+void migi_dequantize(const matrix *w, int row, int rows, int k, int depth, float *to, size_t step_row, size_t step_k);
 
 /* ---- attention */
 
@@ -85,8 +95,9 @@ static inline size_t migi_padded(size_t n) { return (n + MIGI_K_STEP - 1) / MIGI
 typedef struct attention {
     const float *q;
     size_t ldq; /* from one token to the next; head h at h * size */
-    const float *k, *v;
-    size_t ldkv;       /* from one token to the next */
+    const void *k, *v; /* f32, or IEEE half */
+    bool half;
+    size_t ldkv;       /* from one token to the next, in elements */
     size_t kv_head;    /* from one key/value head to the next */
     float *out;
     size_t ldo;
@@ -97,6 +108,29 @@ typedef struct attention {
 
 void migi_attend(workspace *ws, const attention *a);
 size_t migi_attention_scratch(const migi_kernels *k, int size);
+
+/* ---- weights as stored: checked, since a file may be hostile, and bound where they lie */
+
+typedef struct finder {
+    const migi_tensor **sorted; /* by name */
+    size_t count;
+    float *next; /* where the next copied vector goes */
+    int64_t bytes;
+    bool quantized; /* a matrix found so far is */
+} finder;
+
+/* Checks every tensor by itself, sorts them and makes room for at most `copies` floats of vectors in *owned (free it). */
+migi_status migi_finder_open(finder *f, const migi_tensor *tensors, size_t count, size_t copies, float **owned, migi_error *err);
+void migi_finder_close(finder *f);
+/* `name` [rows, cols] in any storage; trailing dimensions of an unquantized tensor are taken as one. */
+migi_status migi_find_matrix(finder *f, const char *name, int rows, int cols, matrix *m, migi_error *err);
+/* `name` [n], copied as float. */
+migi_status migi_find_vector(finder *f, const char *name, int n, float **out, migi_error *err);
+
+/* dtype, shape, size and address of one tensor belong together. */
+migi_status migi_check_tensor(const migi_tensor *t, migi_error *err);
+/* m <- the blocks of a checked I8 or U8 tensor (factors: its companion or NULL), but for the scales. */
+migi_status migi_bind_blocks(matrix *m, const migi_tensor *w, const migi_tensor *factors, int rows, int cols, migi_error *err);
 
 /* ---- the model */
 
@@ -126,6 +160,7 @@ struct migi_model {
     float *merger_fc1_bias, *merger_fc2_bias;
     float *owned; /* norms and biases, one allocation */
     int64_t bytes;
+    bool quantized; /* some matrix is */
 };
 
 struct migi_vision {
@@ -142,13 +177,15 @@ struct migi_session {
     atomic_int cancelled;
     int (*poll)(void *);
     void *poll_arg;
-    float *cache;       /* [layers][k, v][kv_heads][context][head_dim] */
+    void *cache;        /* [layers][k, v][context][kv_heads][head_dim] in IEEE half, or f32 */
+    bool half;
     int32_t *tokens;    /* [context] */
     uint64_t *pictures; /* [context] serial of the picture a token belongs to, 0 for text */
     int32_t *positions; /* [3][context] */
     int32_t next_position;
     bool logits_ready;
     float *x, *h, *q, *gate, *up, *angles, *logits; /* sized in migi_session_new */
+    float *kv; /* [chunk][k, v][kv_heads][head_dim], on its way to the cache */
     unsigned char *seen;                                 /* [vocab] tokens on the timeline, for the repetition penalty */
 };
 

@@ -7,6 +7,13 @@
  *     f32 panel   float[k][nr]                 panel[i * nr + r] = w[r, i]
  *     bf16 panel  uint32[k / 2][nr_bf16]       low half w[r, 2i], high half w[r, 2i + 1]
  * Rows past the matrix are zero.
+ *
+ * Quantized weights lie in the file as every table reads them, in blocks of 16 rows, k padded with zeros to a multiple of
+ * MIGI_K_INT8 and rows to a multiple of 16. A quad is four neighbours along k:
+ *     int8 block  int8[k / 4][16][4]           [j][r][i] = w[r, 4j + i]
+ *     int4 block  uint8[k / 8][16][4]          [j][r][i] = low half u(r, 8j + i), high half u(r, 8j + 4 + i); u = q + 8
+ *                 and factors uint8[k / group][16], 1 to 16: w[r, k] = (u - 8) * factor, within int8
+ * A float for each row turns w into weights.
  */
 #ifndef MIGI_KERNELS_H
 #define MIGI_KERNELS_H
@@ -17,6 +24,8 @@
 enum {
     MIGI_MAX_NR = 64,  /* widest panel of any table */
     MIGI_K_STEP = 32,  /* bf16 rows are padded with zeros to a multiple of this */
+    MIGI_K_INT8 = 64,  /* quantized rows are padded with zeros to a multiple of this */
+    MIGI_BLOCK = 16,   /* rows of a block of quantized weights */
 };
 
 typedef struct migi_kernels {
@@ -41,6 +50,24 @@ typedef struct migi_kernels {
     /* y[rows] += w[rows, k] x[k] */
     void (*gemv_f32)(float *y, const float *w, size_t ldw, const float *x, int rows, int k);
     void (*gemv_bf16)(float *y, const uint16_t *w, size_t ldw, const float *x, int rows, int k);
+    /* ---- integer products: the sums are exact and the same on every instruction set
+     * q[k] <- x / scale rounded to the nearest, ties to even, in -127..127; zeros to k_padded. Returns scale =
+     * max |x| / 127, NaN when x holds one. x is multiplied by the float 127 / max |x|; all zeros give
+     * scale 0, and a row of at most 1e-30 gives zeros, as 127 / max would overflow. */
+    float (*quantize_i8)(int8_t *q, const float *x, int k, int k_padded);
+    /* c[m, n] += a[m, k] w[n, k]^T; block b of 16 rows of w starts at w + b * ldw; n a multiple of 16, k of MIGI_K_INT8.
+     * a within -127..127 */
+    void (*gemm_i8)(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
+    /* one int8 block <- one int4 block of k columns, k a multiple of group, group a multiple of 8 */
+    void (*expand_i4)(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
+    /* c[n] += a[k] w[n, k]^T from consecutive int4 blocks and their factors; n a multiple of 16 */
+    void (*gemv_i4)(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k);
+    /* y[n] += c[n] * (scale * scales[n]) */
+    void (*add_scaled)(float *y, const int32_t *c, float scale, const float *scales, int n);
+    /* dst <- src as IEEE half, ties to even; and back */
+    void (*narrow_f16)(uint16_t *dst, const float *src, size_t n);
+    void (*widen_f16)(float *dst, const uint16_t *src, size_t n);
+
     /* y[n] += sum over rows of p[row] * v[row, n] */
     void (*weighted_sum)(float *y, const float *v, size_t ldv, const float *p, int rows, int n);
 
@@ -68,13 +95,27 @@ const migi_kernels *migi_kernels_find(const char *isa, int *runs);
 /* The best table this CPU can run; never NULL. */
 const migi_kernels *migi_kernels_best(void);
 
+/* The scalar functions, for slots in which a table has nothing faster. */
+float migi_scalar_quantize_i8(int8_t *q, const float *x, int k, int k_padded);
+void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
+void migi_scalar_expand_i4(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
+void migi_scalar_gemv_i4(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k);
+void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, int n);
+void migi_scalar_narrow_f16(uint16_t *dst, const float *src, size_t n);
+void migi_scalar_widen_f16(float *dst, const uint16_t *src, size_t n);
+#define MIGI_SCALAR_INT_SLOTS                                                                                          \
+    .quantize_i8 = migi_scalar_quantize_i8, .gemm_i8 = migi_scalar_gemm_i8, .expand_i4 = migi_scalar_expand_i4,         \
+    .gemv_i4 = migi_scalar_gemv_i4, .add_scaled = migi_scalar_add_scaled, .narrow_f16 = migi_scalar_narrow_f16,         \
+    .widen_f16 = migi_scalar_widen_f16
+
 extern const migi_kernels migi_kernels_scalar;
-extern const migi_kernels migi_kernels_amx_emulated;
+extern const migi_kernels migi_kernels_avx512vnni_emulated, migi_kernels_amx_emulated;
 #if defined(__x86_64__)
-extern const migi_kernels migi_kernels_avx2, migi_kernels_avx512, migi_kernels_avx512bf16, migi_kernels_amx;
+extern const migi_kernels migi_kernels_avx2, migi_kernels_avx512, migi_kernels_avx512vnni, migi_kernels_avx512bf16,
+    migi_kernels_amx;
 #endif
 #if defined(__aarch64__)
-extern const migi_kernels migi_kernels_neon;
+extern const migi_kernels migi_kernels_neon, migi_kernels_neon_dotprod, migi_kernels_neon_i8mm;
 #endif
 
 static inline float migi_bf16_to_f32(uint16_t h)
@@ -89,6 +130,31 @@ static inline uint16_t migi_f32_to_bf16(float f)
     union { float f; uint32_t u; } v = {.f = f};
     if ((v.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(v.u >> 16 | 0x40);
     return (uint16_t)((v.u + 0x7fff + (v.u >> 16 & 1)) >> 16);
+}
+
+static inline float migi_f16_to_f32(uint16_t h)
+{
+    union { uint32_t u; float f; } v = {.u = (uint32_t)(h & 0x7fff) << 13}, magic = {.u = (127u - 15 + 127) << 23};
+    v.f *= magic.f; /* the exponent's bias changes by a multiplication, which serves subnormals too */
+    if ((h & 0x7c00) == 0x7c00) v.u |= 0xffu << 23;
+    v.u |= (uint32_t)(h & 0x8000) << 16;
+    return v.f;
+}
+
+/* Rounds to nearest, ties to even; beyond 65504 it is infinite; NaN stays NaN. */
+static inline uint16_t migi_f32_to_f16(float f)
+{
+    union { float f; uint32_t u; } v = {.f = f}, magic;
+    uint16_t sign = (uint16_t)(v.u >> 16 & 0x8000);
+    v.u &= 0x7fffffffu;
+    if (v.u > 0x7f800000u) return sign | 0x7e00;
+    if (v.u >= 0x477ff000u) return sign | 0x7c00; /* rounds to 65536 or more */
+    if (v.u < 0x38800000u) {                      /* subnormal: adding 0.5 aligns the last place to 2^-24 */
+        magic.f = .5f;
+        v.f += magic.f;
+        return sign | (uint16_t)(v.u - magic.u);
+    }
+    return sign | (uint16_t)((v.u + 0xfff + (v.u >> 13 & 1) - ((127u - 15) << 23)) >> 13);
 }
 
 #endif

@@ -1,10 +1,12 @@
 /* kernels_amx_emulated.c - the AMX kernel on emulated tiles, for tests on machines without AMX; slow. */
 #define MIGI_AMX_EMULATE
+#define MIGI_VNNI_EMULATE
 #define SIMD_WIDTH 4
 #define SIMD_MR 4
 #define SIMD_NV 2
 #include "kernels_simd.inc"
+#include "int8_vnni.inc"
 #include "amx_gemm.inc"
 
-const migi_kernels migi_kernels_amx_emulated = {.isa = "amx-emulated", SIMD_F32_SLOTS, .bf16_dots = 1, .nr_bf16 = AMX_NR,
-                                                .pack_pairs = amx_pack_pairs, .gemm_bf16 = amx_gemm_bf16};
+const migi_kernels migi_kernels_amx_emulated = {.isa = "amx-emulated", SIMD_F32_SLOTS, AMX_SLOTS,
+    .narrow_f16 = migi_scalar_narrow_f16, .widen_f16 = migi_scalar_widen_f16};

@@ -1,12 +1,15 @@
-/* kernels_avx2.c - AVX2 and FMA: 6 x 16 tile, 12 sums + 2 panel vectors + 1 broadcast in 16 registers. */
+/* kernels_avx2.c - AVX2, FMA and F16C: 6 x 16 f32 tile, 12 sums + 2 panel vectors + 1 broadcast in 16 registers; integer
+ * products: int8_maddubs.inc. */
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define SIMD_WIDTH 8
 #define SIMD_MR 6
 #define SIMD_NV 2
 #include "kernels_simd.inc"
+#include "half_x86.inc"
+#include "int8_maddubs.inc"
 
-const migi_kernels migi_kernels_avx2 = {.isa = "avx2", SIMD_F32_SLOTS, SIMD_BF16_SLOTS};
+const migi_kernels migi_kernels_avx2 = {.isa = "avx2", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, INT_SLOTS};
 #else
 typedef int migi_no_avx2;
 #endif

@@ -2,15 +2,16 @@
  *
  * vdpbf16ps adds two bf16 products to each f32 lane, twice the rate of f32 multiply-adds. Tile 12 x 32: 24 sums, 2 panel
  * vectors of pairs, 1 broadcast pair of a. Tolerance against scalar: same rounded inputs, sums differ by order.
+ * Integer products are VNNI's (int8_vnni.inc).
  */
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #define SIMD_WIDTH 16
 #define SIMD_MR 12
 #define SIMD_NV 2
 #include "kernels_simd.inc"
-
-#include <immintrin.h>
+#include "half_x86.inc"
+#include "int8_vnni.inc"
 
 INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
 {
@@ -46,7 +47,8 @@ static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const
 }
 
 const migi_kernels migi_kernels_avx512bf16 = {
-    .isa = "avx512bf16", SIMD_F32_SLOTS, .bf16_dots = 1, .nr_bf16 = NR, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_dots};
+    .isa = "avx512bf16", SIMD_F32_SLOTS, .bf16_dots = 1, .nr_bf16 = NR, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_dots,
+    VNNI_SLOTS, HALF_SLOTS};
 #else
 typedef int migi_no_avx512bf16;
 #endif

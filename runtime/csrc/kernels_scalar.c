@@ -140,11 +140,73 @@ static void scale(float *x, int n, float f)
     for (int i = 0; i < n; i++) x[i] *= f;
 }
 
+/* ---- integer products */
+
+float migi_scalar_quantize_i8(int8_t *q, const float *x, int k, int k_padded)
+{
+    float top = 0.f, nan = 0.f;
+    for (int i = 0; i < k; i++) {
+        float size = fabsf(x[i]);
+        if (size > top) top = size;
+        nan += x[i] * 0.f; /* 0, or NaN from a NaN or an infinity */
+    }
+    float inverse = top > 1e-30f ? 127.f / top : 0.f; /* below, the quotient could overflow; such rows count as zero */
+    for (int i = 0; i < k_padded; i++) q[i] = i < k && nan == 0.f ? (int8_t)rintf(x[i] * inverse) : 0;
+    return top / 127.f + nan;
+}
+
+void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k)
+{
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            const int8_t *block = w + (size_t)(j / MIGI_BLOCK) * ldw;
+            int32_t sum = 0;
+            for (int l = 0; l < k; l++) sum += a[i * lda + l] * block[(l / 4 * MIGI_BLOCK + j % MIGI_BLOCK) * 4 + l % 4];
+            c[i * ldc + j] += sum;
+        }
+}
+
+void migi_scalar_expand_i4(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k)
+{
+    for (int l = 0; l < k; l++)
+        for (int r = 0; r < MIGI_BLOCK; r++) {
+            int pair = w[(l / 8 * MIGI_BLOCK + r) * 4 + l % 4], u = l % 8 < 4 ? pair & 15 : pair >> 4;
+            to[(l / 4 * MIGI_BLOCK + r) * 4 + l % 4] = (int8_t)((u - 8) * factors[l / group * MIGI_BLOCK + r]);
+        }
+}
+
+void migi_scalar_gemv_i4(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k)
+{
+    for (int j = 0; j < n; j++) {
+        int b = j / MIGI_BLOCK, r = j % MIGI_BLOCK;
+        const uint8_t *block = w + (size_t)b * (size_t)(k / 2) * MIGI_BLOCK, *factor = factors + (size_t)b * (size_t)(k / group) * MIGI_BLOCK;
+        for (int l = 0; l < k; l++) {
+            int pair = block[(l / 8 * MIGI_BLOCK + r) * 4 + l % 4], u = l % 8 < 4 ? pair & 15 : pair >> 4;
+            c[j] += a[l] * (u - 8) * factor[l / group * MIGI_BLOCK + r];
+        }
+    }
+}
+
+void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, int n)
+{
+    for (int j = 0; j < n; j++) y[j] += (float)c[j] * (scale * scales[j]);
+}
+
+void migi_scalar_narrow_f16(uint16_t *dst, const float *src, size_t n)
+{
+    for (size_t i = 0; i < n; i++) dst[i] = migi_f32_to_f16(src[i]);
+}
+
+void migi_scalar_widen_f16(float *dst, const uint16_t *src, size_t n)
+{
+    for (size_t i = 0; i < n; i++) dst[i] = migi_f16_to_f32(src[i]);
+}
+
 const migi_kernels migi_kernels_scalar = {
     .isa = "scalar", .nr = NR, .bf16_dots = 0, .nr_bf16 = NR,
     .pack_f32 = pack_f32, .pack_bf16 = pack_bf16, .gemm_f32 = gemm_f32,
     .round_bf16 = round_bf16, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_bf16,
     .gemv_f32 = gemv_f32, .gemv_bf16 = gemv_bf16, .weighted_sum = weighted_sum,
     .rms_norm = rms_norm, .layer_norm = layer_norm, .silu_mul = silu_mul, .quick_gelu = quick_gelu, .gelu = gelu,
-    .rope = rope, .exp_sum = exp_sum, .max = maximum, .scale = scale,
+    .rope = rope, .exp_sum = exp_sum, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS,
 };

@@ -4,9 +4,16 @@
  * Many rows (vision, prefill): each worker turns a block of K_BLOCK x N_BLOCK weights into panels that stay in its L1 and
  * L2 caches and multiplies M_BLOCK rows of x at a time with them. Weights are widened or paired while packing, which
  * costs 1 / rows of the products.
+ *
+ * Quantized weights are multiplied as integers: rows of x become int8 once for all maps that share them, sums are int32
+ * and exact, so they depend on no blocking, thread or instruction set. int8 blocks are read in place; int4 blocks are
+ * read in place by few rows and widened to int8, WIDE_BLOCK columns at a time, for many. A session that keeps
+ * activations float turns the weights to float panels instead.
  */
 #include "internal.h"
 
+#include <assert.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -15,6 +22,8 @@ enum {
     K_BLOCK_F32 = 256, /* 16 columns x 256 x 4 bytes = 16 KB: half an L1 */
     K_BLOCK_BF16 = 1024,
     M_BLOCK = 192, /* rows x K_BLOCK_F32 x 4 bytes = 196 KB: under an L2 */
+    K_BLOCK_INT = 2048, /* 64 columns x 2048 bytes = 128 KB, and as much for M_BLOCK_INT rows of x */
+    M_BLOCK_INT = 64,
 };
 
 typedef struct call {
@@ -24,13 +33,114 @@ typedef struct call {
     const float *x;
     size_t ldx;
     int rows, block; /* rows of x; columns per task */
-    size_t ld_rounded;
+    size_t ld_rounded, ld_quantized; /* 0: x is not rounded, not quantized */
 } call;
+
+/* Integer products keep their sums before the widened weights. */
+enum { SUMS_BYTES = MIGI_CHUNK * N_BLOCK * 4 };
 
 size_t migi_linear_scratch(void)
 {
     size_t f32 = (size_t)K_BLOCK_F32 * N_BLOCK * 4, bf16 = (size_t)K_BLOCK_BF16 / 2 * N_BLOCK * 4;
-    return f32 > bf16 ? f32 : bf16;
+    size_t integers = SUMS_BYTES + (size_t)K_BLOCK_INT * N_BLOCK;
+    return integers > f32 && integers > bf16 ? integers : f32 > bf16 ? f32 : bf16;
+}
+
+/* ---- integer products */
+
+/* Columns widened at a time: as many as fit K_BLOCK_INT in whole groups and whole steps of the product kernel. */
+static int block_depth(const matrix *w)
+{
+    int step = MIGI_K_INT8;
+    while (w->dtype == MIGI_U8 && step % w->group) step += MIGI_K_INT8; /* at most 15 times, as groups end at 128 */
+    return K_BLOCK_INT / step * step;
+}
+
+/* sums[rows, n] += a[rows, Kp] w[n0 .. n0 + n)^T; n0 and n multiples of MIGI_BLOCK. wide: N_BLOCK * K_BLOCK_INT bytes. */
+static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a, int rows, int n0, int n, int32_t *sums,
+                        size_t ld, int8_t *wide)
+{
+    size_t kp = migi_padded_int8((size_t)w->cols), first = (size_t)n0 / MIGI_BLOCK, line = kp * MIGI_BLOCK;
+    size_t groups = w->group ? kp / (size_t)w->group * MIGI_BLOCK : 0;
+    if (w->dtype == MIGI_U8 && rows <= FEW_ROWS) {
+        for (int r = 0; r < rows; r++)
+            k->gemv_i4(sums + (size_t)r * ld, a + (size_t)r * kp, (const uint8_t *)w->data + first * line / 2,
+                       w->factors + first * groups, w->group, n, (int)kp);
+        return;
+    }
+    int step = block_depth(w);
+    for (int k0 = 0; k0 < (int)kp; k0 += step) {
+        int depth = min_int(step, (int)kp - k0);
+        size_t at = (size_t)k0 * MIGI_BLOCK, ldw = w->dtype == MIGI_I8 ? line : (size_t)step * MIGI_BLOCK;
+        for (size_t b = 0; w->dtype == MIGI_U8 && b < (size_t)n / MIGI_BLOCK; b++)
+            k->expand_i4(wide + b * ldw, (const uint8_t *)w->data + ((first + b) * line + at) / 2,
+                         w->factors + (first + b) * groups + at / (size_t)w->group, w->group, depth);
+        const int8_t *from = w->dtype == MIGI_I8 ? (const int8_t *)w->data + first * line + at : wide;
+        for (int r = 0; r < rows; r += M_BLOCK_INT)
+            k->gemm_i8(sums + (size_t)r * ld, ld, a + (size_t)r * kp + k0, kp, from, ldw, min_int(M_BLOCK_INT, rows - r), n, depth);
+    }
+}
+
+static void integer_columns(const call *c, const linear *job, int n0, int n, char *scratch)
+{
+    int32_t *sums = (int32_t *)(void *)scratch;
+    int whole = (n + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
+    memset(sums, 0, (size_t)c->rows * N_BLOCK * sizeof *sums);
+    sum_columns(c->ws->k, job->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
+    for (int r = 0; r < c->rows; r++)
+        c->ws->k->add_scaled(job->y + (size_t)r * job->ldy + n0, sums + (size_t)r * N_BLOCK, c->ws->row_scales[r],
+                             job->w->scales + n0, n);
+}
+
+static void quantize_row(void *arg, int row, int worker)
+{
+    const call *c = arg;
+    const workspace *ws = c->ws;
+    (void)worker;
+    ws->row_scales[row] = ws->k->quantize_i8(ws->quantized + (size_t)row * c->ld_quantized, c->x + (size_t)row * c->ldx,
+                                             c->jobs[0].w->cols, (int)c->ld_quantized);
+}
+
+/* ---- quantized weights as float */
+
+static inline int stored(const matrix *w, int row, int k)
+{
+    size_t kp = migi_padded_int8((size_t)w->cols), b = (size_t)row / MIGI_BLOCK, r = (size_t)row % MIGI_BLOCK, i = (size_t)k;
+    if (w->dtype == MIGI_I8) return ((const int8_t *)w->data)[b * kp * MIGI_BLOCK + (i / 4 * MIGI_BLOCK + r) * 4 + i % 4];
+    int pair = ((const uint8_t *)w->data)[b * kp / 2 * MIGI_BLOCK + (i / 8 * MIGI_BLOCK + r) * 4 + i % 4];
+    size_t groups = kp / (size_t)w->group;
+    return ((i % 8 < 4 ? pair & 15 : pair >> 4) - 8) * w->factors[(b * groups + i / (size_t)w->group) * MIGI_BLOCK + r];
+}
+
+void migi_dequantize(const matrix *w, int row, int rows, int k, int depth, float *to, size_t step_row, size_t step_k)
+{
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < depth; i++)
+            to[(size_t)r * step_row + (size_t)i * step_k] = (float)stored(w, row + r, k + i) * w->scales[row + r];
+}
+
+static void few_rows_widened(const call *c, const linear *job, int n0, int n, float *wide)
+{
+    for (int k0 = 0; k0 < job->w->cols; k0 += K_BLOCK_F32) {
+        int depth = min_int(K_BLOCK_F32, job->w->cols - k0);
+        migi_dequantize(job->w, n0, n, k0, depth, wide, K_BLOCK_F32, 1);
+        for (int r = 0; r < c->rows; r++)
+            c->ws->k->gemv_f32(job->y + (size_t)r * job->ldy + n0, wide, K_BLOCK_F32, c->x + (size_t)r * c->ldx + k0, n, depth);
+    }
+}
+
+/* ---- float products */
+
+/* f32 panel <- weights [row, row + rows) x [k, k + depth) of any storage */
+static void pack(const migi_kernels *k, const matrix *w, int row, int rows, int k0, int depth, float *panel)
+{
+    size_t ldw = (size_t)w->cols, at = (size_t)row * ldw + (size_t)k0;
+    if (w->dtype == MIGI_BF16) k->pack_bf16(panel, (const uint16_t *)w->data + at, ldw, rows, depth);
+    else if (w->dtype == MIGI_F32) k->pack_f32(panel, (const float *)w->data + at, ldw, rows, depth);
+    else {
+        memset(panel, 0, (size_t)depth * (size_t)k->nr * sizeof *panel);
+        migi_dequantize(w, row, rows, k0, depth, panel, 1, (size_t)k->nr);
+    }
 }
 
 static void few_rows(const call *c, const linear *job, int n0, int n)
@@ -51,17 +161,10 @@ static void many_rows_f32(const call *c, const linear *job, int n0, int n, float
 {
     const migi_kernels *k = c->ws->k;
     const matrix *w = job->w;
-    size_t ldw = (size_t)w->cols;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_F32) {
         int depth = min_int(K_BLOCK_F32, w->cols - k0);
-        for (int j = 0; j < n; j += k->nr) {
-            size_t at = (size_t)(n0 + j) * ldw + (size_t)k0;
-            float *panel = panels + (size_t)j * K_BLOCK_F32;
-            if (w->dtype == MIGI_BF16)
-                k->pack_bf16(panel, (const uint16_t *)w->data + at, ldw, min_int(k->nr, n - j), depth);
-            else
-                k->pack_f32(panel, (const float *)w->data + at, ldw, min_int(k->nr, n - j), depth);
-        }
+        for (int j = 0; j < n; j += k->nr)
+            pack(k, w, n0 + j, min_int(k->nr, n - j), k0, depth, panels + (size_t)j * K_BLOCK_F32);
         for (int r = 0; r < c->rows; r += M_BLOCK)
             for (int j = 0; j < n; j += k->nr)
                 k->gemm_f32(job->y + (size_t)r * job->ldy + n0 + j, job->ldy, c->x + (size_t)r * c->ldx + k0, c->ldx,
@@ -105,7 +208,11 @@ static void columns(void *arg, int task, int worker)
             memset(y, 0, (size_t)n * sizeof *y);
     }
     void *panels = c->ws->scratch + (size_t)worker * c->ws->scratch_bytes;
-    if (c->rows <= FEW_ROWS)
+    if (c->ld_quantized && is_quantized(job->w))
+        integer_columns(c, job, n0, n, panels);
+    else if (c->rows <= FEW_ROWS && is_quantized(job->w))
+        few_rows_widened(c, job, n0, n, panels);
+    else if (c->rows <= FEW_ROWS)
         few_rows(c, job, n0, n);
     else if (c->ld_rounded && job->w->dtype == MIGI_BF16)
         many_rows_bf16(c, job, n0, n, panels);
@@ -126,12 +233,75 @@ static void round_row(void *arg, int row, int worker)
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows)
 {
     call c = {.ws = ws, .jobs = jobs, .x = x, .ldx = ldx, .rows = rows, .block = N_BLOCK};
-    for (int i = 0; i < count; i++)
+    bool any_bf16 = false, any_quantized = false;
+    for (int i = 0; i < count; i++) {
         c.first[i + 1] = c.first[i] + (jobs[i].w->rows + c.block - 1) / c.block;
-    if (rows > FEW_ROWS && ws->bf16) {
-        c.ld_rounded = migi_padded((size_t)jobs[0].w->cols);
-        if (c.ld_rounded * (size_t)rows > ws->rounded_len) c.ld_rounded = 0; /* callers size it; a safe fallback */
-        else migi_pool_run(ws->pool, round_row, &c, rows);
+        any_bf16 |= jobs[i].w->dtype == MIGI_BF16;
+        any_quantized |= is_quantized(jobs[i].w);
+    }
+    size_t cols = (size_t)jobs[0].w->cols;
+    assert(rows <= MIGI_CHUNK);
+    if (rows > FEW_ROWS && ws->bf16 && any_bf16) {
+        c.ld_rounded = migi_padded(cols);
+        assert(c.ld_rounded * (size_t)rows <= ws->rounded_len);
+        migi_pool_run(ws->pool, round_row, &c, rows);
+    }
+    if (ws->integers && any_quantized) {
+        c.ld_quantized = migi_padded_int8(cols);
+        assert(c.ld_quantized * (size_t)rows <= ws->quantized_len);
+        migi_pool_run(ws->pool, quantize_row, &c, rows);
     }
     migi_pool_run(ws->pool, columns, &c, c.first[count]);
+}
+
+/* ---- the integer path alone */
+
+typedef struct sums_call {
+    call c; /* no jobs' outputs: sums go to the caller */
+    matrix w;
+    int32_t *sums;
+} sums_call;
+
+static void caller_sums(void *arg, int task, int worker)
+{
+    const sums_call *s = arg;
+    const workspace *ws = s->c.ws;
+    int n0 = task * N_BLOCK, n = min_int(N_BLOCK, s->w.rows - n0);
+    sum_columns(ws->k, &s->w, ws->quantized, s->c.rows, n0, n, s->sums + n0, (size_t)s->w.rows,
+                (int8_t *)ws->scratch + (size_t)worker * ws->scratch_bytes);
+}
+
+static void caller_row(void *arg, int row, int worker)
+{
+    sums_call *s = arg;
+    quantize_row(&s->c, row, worker);
+}
+
+migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const migi_tensor *factors, const float *x, int32_t rows,
+                              int32_t k, int32_t *sums, float *scales, migi_error *err)
+{
+    migi_status status = MIGI_OK;
+    workspace ws = {.pool = pool, .k = migi_pool_kernels(pool), .integers = true, .row_scales = scales,
+                    .scratch_bytes = (size_t)K_BLOCK_INT * N_BLOCK};
+    sums_call s = {.sums = sums};
+    TRY(migi_check_tensor(weight, err));
+    if (factors) TRY(migi_check_tensor(factors, err));
+    FAIL_IF(weight->dtype != MIGI_I8 && weight->dtype != MIGI_U8, MIGI_E_ARGUMENT, "tensor %.100s is not quantized; give int8 or int4",
+            weight->name);
+    FAIL_IF(rows < 1 || k < 1, MIGI_E_ARGUMENT, "x has %d rows of %d; give at least one of each", rows, k);
+    FAIL_IF(weight->rank < 1 || weight->shape[0] < 1 || weight->shape[0] > INT32_MAX / N_BLOCK, MIGI_E_ARGUMENT,
+            "tensor %.100s has no rows, or too many; give a matrix", weight->name);
+    TRY(migi_bind_blocks(&s.w, weight, factors, (int)weight->shape[0] * MIGI_BLOCK, k, err));
+    linear job = {.w = &s.w};
+    s.c = (call){.ws = &ws, .jobs = &job, .x = x, .ldx = (size_t)k, .rows = rows, .ld_quantized = migi_padded_int8((size_t)k)};
+    ws.quantized = migi_alloc((size_t)rows, s.c.ld_quantized);
+    ws.scratch = migi_alloc(ws.scratch_bytes, (size_t)migi_pool_threads(pool));
+    FAIL_IF(!ws.quantized || !ws.scratch, MIGI_E_MEMORY, "no memory for %d rows of %d; give fewer", rows, k);
+    memset(sums, 0, (size_t)rows * (size_t)s.w.rows * sizeof *sums);
+    migi_pool_run(pool, caller_row, &s, rows);
+    migi_pool_run(pool, caller_sums, &s, (s.w.rows + N_BLOCK - 1) / N_BLOCK);
+done:
+    free(ws.quantized);
+    free(ws.scratch);
+    return status;
 }

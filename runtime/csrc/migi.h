@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MIGI_VERSION "0.1.0"
+#define MIGI_VERSION "0.2.0"
 #if defined(__GNUC__)
 #define MIGI_API __attribute__((visibility("default")))
 #else
@@ -46,12 +46,21 @@ typedef struct migi_error {
     char message[240];
 } migi_error;
 
-typedef enum migi_dtype { MIGI_BF16 = 1, MIGI_F32 = 2 } migi_dtype;
+typedef enum migi_dtype { MIGI_BF16 = 1, MIGI_F32 = 2, MIGI_I8 = 3, MIGI_U8 = 4 } migi_dtype;
 
-/* One stored tensor, row-major. name and shape are COPIED; data is BORROWED until migi_model_free (a mapped file). */
+/* One stored tensor, row-major. name and shape are COPIED; data is BORROWED until migi_model_free (a mapped file); its
+ * address suits its type (4 bytes for F32, 2 for BF16).
+ *
+ * A matrix "P.weight" of N rows and K columns is BF16 or F32 [N, K], or quantized, in blocks of 16 rows (Np = N rounded up
+ * to 16, Kp = K rounded up to 64, padding adds nothing):
+ *   int8   P.weight I8 [Np / 16, Kp / 4, 16, 4]: [b, j, r, i] = q(16 b + r, 4 j + i)
+ *   int4   P.weight U8 [Np / 16, Kp / 8, 16, 4]: [b, j, r, i] = u(16 b + r, 8 j + i) in the low half, u(16 b + r, 8 j + 4 + i)
+ *          in the high half; P.weight_group U8 [Np / 16, Kp / group, 16], factors of 1 to 16; q = (u - 8) * factor
+ *   both   P.weight_scale F32 [Np], finite and not negative; w = q * scale */
 typedef struct migi_tensor {
     const char *name; /* published layout: "model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.bias" */
     const void *data;
+    int64_t bytes; /* size of data, checked against dtype and shape */
     int32_t dtype; /* migi_dtype */
     int32_t rank;
     int64_t shape[5];
@@ -76,11 +85,12 @@ typedef struct migi_model migi_model;
 typedef struct migi_session migi_session;
 typedef struct migi_vision migi_vision;
 
-/* "0.1.0". BORROWED for ever. */
+/* "0.2.0". BORROWED for ever. */
 MIGI_API const char *migi_version(void);
 
 /* Starts `threads` workers (0: one per physical core the process may use) with the kernels named `isa` (NULL: the best
- * this CPU has): scalar, avx2, avx512, avx512bf16, amx, amx-emulated, neon. OWNED: migi_pool_free. */
+ * this CPU has): scalar, avx2, avx512, avx512vnni, avx512bf16, amx, neon, neon-dotprod, neon-i8mm, or for tests
+ * avx512vnni-emulated, amx-emulated. OWNED: migi_pool_free. */
 MIGI_API migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, migi_error *err);
 MIGI_API void migi_pool_free(migi_pool *pool);
 MIGI_API int32_t migi_pool_threads(const migi_pool *pool);
@@ -99,7 +109,9 @@ MIGI_API int64_t migi_model_bytes(const migi_model *model); /* weights in use, m
 
 typedef struct migi_session_options {
     int32_t context;        /* tokens the KV cache holds; 0: 4096 */
-    int32_t fp32;           /* 1: activations stay float even where the CPU has faster bf16 dot products */
+    int32_t fp32;           /* 1: activations stay float: no bf16 dot products, quantized weights widened to float, no
+                             * integer products, a float KV cache. 0: int8 activations for quantized weights, bf16
+                             * ones where the CPU multiplies them faster, a KV cache of half floats */
     int (*poll)(void *arg); /* called on the calling thread between layers; nonzero cancels. May be NULL */
     void *poll_arg;
 } migi_session_options;
@@ -152,6 +164,12 @@ MIGI_API migi_status migi_patchify(const migi_config *config, const uint8_t *rgb
                                    float *patches, migi_error *err);
 MIGI_API migi_status migi_positions(const migi_config *config, const int32_t *tokens, int32_t count, const int32_t *grids,
                                     int32_t pictures, int32_t *positions, migi_error *err);
+
+/* The core's integer product on one quantized matrix, as a session runs it. weight: I8 or U8 as in migi_tensor; factors:
+ * its group factors, NULL for I8. x f32[rows, k] becomes int8 row by row: x ~ a * scales[row], a in -127..127.
+ * sums: i32[rows, Np], exact; scales: f32[rows]. A row that holds NaN or infinity has the scale NaN. */
+MIGI_API migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const migi_tensor *factors, const float *x,
+                                       int32_t rows, int32_t k, int32_t *sums, float *scales, migi_error *err);
 
 #ifdef __cplusplus
 }

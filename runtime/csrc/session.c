@@ -8,12 +8,12 @@
 enum { DEFAULT_CONTEXT = 4096, MAX_CONTEXT = 1 << 20, LOGIT_ROWS = 16 };
 
 typedef struct sizes {
-    size_t context, chunk, hidden, q, kv, half, mlp, vocab, rounded, scratch;
+    size_t context, chunk, hidden, q, kv, half, mlp, vocab, cache, rounded, scratch; /* cache: bytes, rounded: elements */
 } sizes;
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static sizes session_layout(const migi_model *m, const migi_kernels *k, int context)
+static sizes session_layout(const migi_model *m, const migi_kernels *k, int context, bool half_cache)
 {
     const migi_config *c = &m->c;
     size_t merged = (size_t)c->v_dim * (size_t)c->merge * (size_t)c->merge;
@@ -22,7 +22,8 @@ static sizes session_layout(const migi_model *m, const migi_kernels *k, int cont
                .q = (size_t)c->heads * (size_t)c->head_dim, .kv = (size_t)c->kv_heads * (size_t)c->head_dim,
                .half = (size_t)c->head_dim / 2, .mlp = (size_t)c->intermediate, .vocab = (size_t)c->vocab};
     size_t widest = larger(larger(larger(z.hidden, z.q), larger(z.mlp, (size_t)c->v_mlp)), larger((size_t)c->v_dim, patch));
-    z.rounded = larger(z.chunk * migi_padded(widest), z.chunk / (size_t)(c->merge * c->merge) * migi_padded(merged));
+    z.cache = (size_t)c->layers * 2 * z.kv * (half_cache ? sizeof(uint16_t) : sizeof(float));
+    z.rounded = larger(z.chunk * migi_padded_int8(widest), z.chunk / (size_t)(c->merge * c->merge) * migi_padded_int8(merged));
     size_t attend = larger(migi_attention_scratch(k, c->head_dim), migi_attention_scratch(k, c->v_dim / c->v_heads));
     z.scratch = (larger(migi_linear_scratch(), attend) + 63) / 64 * 64;
     return z;
@@ -30,19 +31,19 @@ static sizes session_layout(const migi_model *m, const migi_kernels *k, int cont
 
 static int context_of(const migi_session_options *options) { return options && options->context ? options->context : DEFAULT_CONTEXT; }
 
-static bool wants_bf16(const migi_kernels *k, const migi_session_options *options)
-{
-    return k->bf16_dots && !(options && options->fp32);
-}
+static bool wants_fp32(const migi_session_options *options) { return options && options->fp32; }
+static bool wants_bf16(const migi_kernels *k, const migi_session_options *options) { return k->bf16_dots && !wants_fp32(options); }
+static bool wants_integers(const migi_model *m, const migi_session_options *options) { return m->quantized && !wants_fp32(options); }
 
 int64_t migi_session_bytes(const migi_model *model, const migi_pool *pool, const migi_session_options *options)
 {
     const migi_kernels *k = migi_pool_kernels(pool);
-    sizes z = session_layout(model, k, context_of(options));
-    size_t floats = (size_t)model->c.layers * 2 * z.context * z.kv +
-                    z.chunk * (z.hidden + larger(z.hidden, z.q) + z.q + 2 * z.mlp + 2 * z.half) + LOGIT_ROWS * z.vocab;
-    size_t bytes = floats * sizeof(float) + z.context * (4 + 8 + 3 * 4) + z.vocab + z.scratch * (size_t)migi_pool_threads(pool);
-    return (int64_t)(bytes + (wants_bf16(k, options) ? z.rounded * sizeof(uint16_t) : 0));
+    sizes z = session_layout(model, k, context_of(options), !wants_fp32(options));
+    size_t floats = z.chunk * (z.hidden + larger(z.hidden, z.q) + z.q + 2 * z.kv + 2 * z.mlp + 2 * z.half) + LOGIT_ROWS * z.vocab;
+    size_t bytes = floats * sizeof(float) + z.context * (z.cache + 4 + 8 + 3 * 4) + z.vocab + z.scratch * (size_t)migi_pool_threads(pool);
+    if (wants_bf16(k, options)) bytes += z.rounded * sizeof(uint16_t);
+    if (wants_integers(model, options)) bytes += z.rounded + z.chunk * sizeof(float);
+    return (int64_t)bytes;
 }
 
 migi_status migi_session_new(migi_session **out, const migi_model *model, migi_pool *pool, const migi_session_options *options,
@@ -56,29 +57,35 @@ migi_status migi_session_new(migi_session **out, const migi_model *model, migi_p
     FAIL_IF(context < 1 || context > MAX_CONTEXT, MIGI_E_ARGUMENT, "a context of %d tokens; give 1 to %d", context, MAX_CONTEXT);
     s = calloc(1, sizeof *s);
     FAIL_IF(!s, MIGI_E_MEMORY, "no memory for a session");
-    sizes z = session_layout(model, k, context);
+    sizes z = session_layout(model, k, context, !wants_fp32(options));
     s->model = model;
     s->context = context;
     s->poll = options ? options->poll : NULL;
     s->poll_arg = options ? options->poll_arg : NULL;
-    s->ws = (workspace){.pool = pool, .k = k, .bf16 = wants_bf16(k, options), .scratch_bytes = z.scratch};
+    s->ws = (workspace){.pool = pool, .k = k, .bf16 = wants_bf16(k, options), .integers = wants_integers(model, options),
+                        .scratch_bytes = z.scratch};
+    s->half = !wants_fp32(options);
     s->ws.rounded_len = s->ws.bf16 ? z.rounded : 0;
+    s->ws.quantized_len = s->ws.integers ? z.rounded : 0;
+    s->ws.quantized = migi_alloc(s->ws.quantized_len, 1);
+    s->ws.row_scales = migi_alloc(s->ws.integers ? z.chunk : 0, sizeof *s->ws.row_scales);
     s->ws.rounded = migi_alloc(s->ws.rounded_len, sizeof *s->ws.rounded);
     s->ws.scratch = migi_alloc(z.scratch, (size_t)migi_pool_threads(pool));
-    s->cache = migi_alloc((size_t)model->c.layers * 2 * z.kv * sizeof(float), z.context);
+    s->cache = migi_alloc(z.cache, z.context);
     s->tokens = migi_alloc(z.context, sizeof *s->tokens);
     s->pictures = migi_alloc(z.context, sizeof *s->pictures);
     s->positions = migi_alloc(3 * z.context, sizeof *s->positions);
     s->x = migi_alloc(z.chunk * z.hidden, sizeof(float));
     s->h = migi_alloc(z.chunk * larger(z.hidden, z.q), sizeof(float));
     s->q = migi_alloc(z.chunk * z.q, sizeof(float));
+    s->kv = migi_alloc(z.chunk * 2 * z.kv, sizeof(float));
     s->gate = migi_alloc(z.chunk * z.mlp, sizeof(float));
     s->up = migi_alloc(z.chunk * z.mlp, sizeof(float));
     s->angles = migi_alloc(z.chunk * 2 * z.half, sizeof(float));
     s->logits = migi_alloc(LOGIT_ROWS * z.vocab, sizeof(float));
     s->seen = migi_alloc(z.vocab, 1);
-    FAIL_IF(!s->ws.rounded || !s->ws.scratch || !s->cache || !s->tokens || !s->pictures || !s->positions || !s->x || !s->h ||
-                !s->q || !s->gate || !s->up || !s->angles || !s->logits || !s->seen,
+    FAIL_IF(!s->ws.rounded || !s->ws.quantized || !s->ws.row_scales || !s->ws.scratch || !s->cache || !s->tokens || !s->pictures ||
+                !s->positions || !s->x || !s->h || !s->q || !s->kv || !s->gate || !s->up || !s->angles || !s->logits || !s->seen,
             MIGI_E_MEMORY, "no memory for a session of %d tokens (%lld MB); ask for fewer or smaller pictures", context,
             (long long)(migi_session_bytes(model, pool, options) >> 20));
     *out = s;
@@ -91,8 +98,8 @@ done:
 void migi_session_free(migi_session *s)
 {
     if (!s) return;
-    void *parts[] = {s->seen, s->logits, s->angles, s->up, s->gate, s->q, s->h, s->x, s->positions, s->pictures, s->tokens,
-                     s->cache, s->ws.scratch, s->ws.rounded};
+    void *parts[] = {s->seen, s->logits, s->angles, s->up, s->gate, s->kv, s->q, s->h, s->x, s->positions, s->pictures, s->tokens,
+                     s->cache, s->ws.scratch, s->ws.row_scales, s->ws.quantized, s->ws.rounded};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
     free(s);
 }
@@ -112,7 +119,7 @@ migi_status migi_session_checkpoint(migi_session *s, migi_error *err)
 typedef struct rows_call {
     migi_session *s;
     const float *weight;
-    float *k; /* keys of the chunk in the cache */
+    int layer, first; /* of the chunk on the timeline */
 } rows_call;
 
 static void norm_row(void *arg, int row, int worker)
@@ -124,6 +131,26 @@ static void norm_row(void *arg, int row, int worker)
     r->s->ws.k->rms_norm(r->s->h + at, r->s->x + at, r->weight, c->hidden, c->rms_eps);
 }
 
+/* Keys or values of token `at` in the cache. */
+static void *cached(const migi_session *s, int index, bool values, size_t at)
+{
+    const migi_config *c = &s->model->c;
+    size_t element = s->half ? sizeof(uint16_t) : sizeof(float), kv = (size_t)c->kv_heads * (size_t)c->head_dim;
+    return (char *)s->cache + (((size_t)index * 2 + values) * (size_t)s->context + at) * kv * element;
+}
+
+/* Half floats end at 65504, and keys carry large biases: what lies beyond is held there, NaN stays NaN. */
+static void store(const migi_session *s, void *to, float *from, size_t n)
+{
+    if (!s->half) {
+        memcpy(to, from, n * sizeof *from);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) from[i] = from[i] > 65504.f ? 65504.f : from[i] < -65504.f ? -65504.f : from[i];
+    s->ws.k->narrow_f16(to, from, n);
+}
+
+/* Turns queries and keys by their position and puts keys and values into the cache. */
 static void rope_row(void *arg, int row, int worker)
 {
     const rows_call *r = arg;
@@ -131,11 +158,15 @@ static void rope_row(void *arg, int row, int worker)
     const migi_config *c = &s->model->c;
     (void)worker;
     size_t size = (size_t)c->head_dim, half = size / 2;
+    size_t kv = (size_t)c->kv_heads * size, at = (size_t)(r->first + row);
+    float *keys = s->kv + (size_t)row * 2 * kv;
     const float *cosine = s->angles + (size_t)row * 2 * half, *sine = cosine + half;
     for (int head = 0; head < c->heads; head++)
         s->ws.k->rope(s->q + ((size_t)row * (size_t)c->heads + (size_t)head) * size, cosine, sine, (int)half);
     for (int head = 0; head < c->kv_heads; head++)
-        s->ws.k->rope(r->k + ((size_t)row * (size_t)c->kv_heads + (size_t)head) * size, cosine, sine, (int)half);
+        s->ws.k->rope(keys + (size_t)head * size, cosine, sine, (int)half);
+    store(s, cached(s, r->layer, false, at), keys, kv);
+    store(s, cached(s, r->layer, true, at), keys + kv, kv);
 }
 
 static void silu_row(void *arg, int row, int worker)
@@ -166,23 +197,21 @@ static migi_status forward(migi_session *s, int first, int rows, migi_error *err
     const migi_config *c = &m->c;
     workspace *ws = &s->ws;
     size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, kv = (size_t)c->kv_heads * (size_t)c->head_dim;
-    size_t mlp = (size_t)c->intermediate, side = (size_t)s->context * kv;
-    rows_call r = {.s = s};
+    size_t mlp = (size_t)c->intermediate;
+    rows_call r = {.s = s, .first = first};
     for (int i = 0; i < c->layers; i++) {
         const layer *l = &m->layers[i];
         migi_status status = migi_session_checkpoint(s, err);
         if (status != MIGI_OK) return status;
-        float *keys = s->cache + (size_t)i * 2 * side, *values = keys + side;
 
-        r.weight = l->before_attention.w;
+        r.weight = l->before_attention.w, r.layer = i;
         migi_pool_run(ws->pool, norm_row, &r, rows);
         migi_linears(ws, (linear[]){{&l->q, l->q_bias, s->q, q, false},
-                                    {&l->k, l->k_bias, keys + (size_t)first * kv, kv, false},
-                                    {&l->v, l->v_bias, values + (size_t)first * kv, kv, false}}, 3, s->h, hidden, rows);
-        r.k = keys + (size_t)first * kv;
+                                    {&l->k, l->k_bias, s->kv, 2 * kv, false},
+                                    {&l->v, l->v_bias, s->kv + kv, 2 * kv, false}}, 3, s->h, hidden, rows);
         migi_pool_run(ws->pool, rope_row, &r, rows);
-        migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = keys, .v = values, .ldkv = kv, .kv_head = (size_t)c->head_dim,
-            .out = s->h, .ldo = q, .queries = rows, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads,
+        migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = cached(s, i, false, 0), .v = cached(s, i, true, 0), .half = s->half,
+            .ldkv = kv, .kv_head = (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads,
             .size = c->head_dim, .causal = true});
         migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
 
@@ -215,7 +244,9 @@ static void embed_text(migi_session *s, int row, int32_t token)
     const matrix *e = &s->model->embedding;
     size_t n = (size_t)e->cols, at = (size_t)token * n;
     float *to = s->x + (size_t)row * n;
-    if (e->dtype == MIGI_F32)
+    if (e->dtype == MIGI_I8)
+        migi_dequantize(e, token, 1, 0, e->cols, to, n, 1);
+    else if (e->dtype == MIGI_F32)
         memcpy(to, (const float *)e->data + at, n * sizeof *to);
     else
         for (size_t i = 0; i < n; i++) to[i] = migi_bf16_to_f32(((const uint16_t *)e->data)[at + i]);

@@ -2,6 +2,8 @@
 #include "../../runtime/csrc/kernels.h"
 #include "harness.h"
 
+#include <sys/mman.h>
+
 static const migi_kernels *truth;
 
 static float worst(const float *a, const float *b, size_t n)
@@ -123,9 +125,210 @@ static void rows(const migi_kernels *t, int n)
     free(x), free(w), free(b), free(y), free(z);
 }
 
+/* ---- integer products: exact, against sums over the plain matrix */
+
+enum { RANDOM, ALL_LOW, ALL_HIGH, MIXED, FILLS };
+
+static uint32_t bits(void)
+{
+    seed = seed * 1664525u + 1013904223u;
+    return seed >> 8;
+}
+
+static int8_t activation(int fill)
+{
+    return (int8_t)(fill == ALL_LOW ? -127 : fill == ALL_HIGH ? 127 : fill == MIXED ? (bits() & 1 ? 127 : -127) : (int)(bits() % 255) - 127);
+}
+
+static void *copy_of(const void *from, size_t size)
+{
+    void *to = malloc(size ? size : 1);
+    memcpy(to, from, size);
+    return to;
+}
+
+static int32_t *counts(size_t n)
+{
+    int32_t *p = malloc(n * sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = (int32_t)bits() - (1 << 23);
+    return p;
+}
+
+/* size bytes that end where no memory may be read, in one place for all callers: also where there is no ASan, and through
+ * vector and tile loads that it does not watch, a step too far stops the test. */
+static void *at_the_edge(size_t size)
+{
+    enum { ROOM = 1 << 20, WALL = 1 << 18 };
+    static char *memory;
+    if (!memory) {
+        memory = mmap(NULL, ROOM + WALL, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED || mprotect(memory + ROOM, WALL, PROT_NONE)) abort();
+    }
+    if (size > ROOM) abort();
+    return memory + ROOM - size;
+}
+
+/* Strides larger than the matrix; every buffer ends where the last value read does, so that ASan sees a step too far. */
+static void int8_product(const migi_kernels *t, int m, int n, int k, int fill)
+{
+    size_t lda = (size_t)k + 7, ldc = (size_t)n + 5, ldw = (size_t)k * MIGI_BLOCK + 64, blocks = (size_t)n / MIGI_BLOCK;
+    size_t as = (size_t)(m - 1) * lda + (size_t)k, cs = (size_t)(m - 1) * ldc + (size_t)n, ws = (blocks - 1) * ldw + (size_t)k * MIGI_BLOCK;
+    int8_t *a = at_the_edge(as), *w = malloc(ws);
+    int32_t *c = counts(cs), *want = copy_of(c, cs * 4);
+    for (size_t i = 0; i < as; i++) a[i] = activation(fill);
+    for (size_t i = 0; i < ws; i++) {
+        int x = (int)(bits() % 256) - 128;
+        w[i] = (int8_t)(fill == RANDOM ? x : fill == ALL_LOW ? -128 : fill == ALL_HIGH ? (x & 1 ? -128 : 0) : (x & 1 ? -128 : 127));
+    }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++)
+            for (int l = 0; l < k; l++)
+                want[(size_t)i * ldc + (size_t)j] += a[(size_t)i * lda + (size_t)l] * w[(size_t)(j / 16) * ldw + (size_t)(l / 4 * 64 + j % 16 * 4 + l % 4)];
+    t->gemm_i8(c, ldc, a, lda, w, ldw, m, n, k);
+    CHECK(!memcmp(c, want, cs * 4), "%s gemm_i8 %dx%dx%d, fill %d", t->isa, m, n, k, fill);
+    free(w), free(c), free(want);
+}
+
+/* u[n, k] and factors[n, k / group] as int4 blocks; expanded and multiplied. */
+static void int4_product(const migi_kernels *t, int n, int k, int group, int fill)
+{
+    size_t size = (size_t)n * (size_t)k, groups = size / (size_t)group;
+    uint8_t *blocks = calloc(size / 2, 1), *factors = malloc(groups);
+    int8_t *plain = malloc(size), *a = malloc((size_t)k), *wide = malloc((size_t)k * MIGI_BLOCK);
+    int32_t *c = counts((size_t)n), *want = copy_of(c, (size_t)n * 4);
+    for (size_t i = 0; i < groups; i++) factors[i] = (uint8_t)(fill == RANDOM ? 1 + bits() % 16 : 16);
+    for (int l = 0; l < k; l++) a[l] = activation(fill);
+    for (int j = 0; j < n; j++)
+        for (int l = 0; l < k; l++) {
+            int u = fill == RANDOM ? (int)(bits() % 16) : fill == ALL_LOW ? 0 : fill == ALL_HIGH ? 15 : bits() & 1 ? 15 : 0;
+            size_t at = ((size_t)(j / 16) * (size_t)(k / 8) + (size_t)(l / 8)) * 64 + (size_t)(j % 16 * 4 + l % 4);
+            int factor = factors[((size_t)(j / 16) * (size_t)(k / group) + (size_t)(l / group)) * 16 + (size_t)(j % 16)];
+            blocks[at] |= (uint8_t)(l % 8 < 4 ? u : u << 4);
+            plain[(size_t)j * (size_t)k + (size_t)l] = (int8_t)((u - 8) * factor);
+            want[j] += a[l] * (u - 8) * factor;
+        }
+    for (int j = 0; j < n; j += MIGI_BLOCK) {
+        int wrong = 0;
+        t->expand_i4(wide, blocks + (size_t)j * (size_t)k / 2, factors + (size_t)j * (size_t)(k / group), group, k);
+        for (int r = 0; r < MIGI_BLOCK; r++)
+            for (int l = 0; l < k; l++) wrong += wide[l / 4 * 64 + r * 4 + l % 4] != plain[(size_t)(j + r) * (size_t)k + (size_t)l];
+        CHECK(!wrong, "%s expand_i4 %dx%d, groups of %d, fill %d: %d values differ", t->isa, n, k, group, fill, wrong);
+    }
+    t->gemv_i4(c, a, blocks, factors, group, n, k);
+    CHECK(!memcmp(c, want, (size_t)n * 4), "%s gemv_i4 %dx%d, groups of %d, fill %d", t->isa, n, k, group, fill);
+    free(blocks), free(factors), free(plain), free(a), free(wide), free(c), free(want);
+}
+
+static void quantized(const migi_kernels *t, const float *x, int k, int padded)
+{
+    int8_t *q = malloc((size_t)padded), *want = malloc((size_t)padded);
+    memset(q, 99, (size_t)padded);
+    float a = t->quantize_i8(q, x, k, padded), b = truth->quantize_i8(want, x, k, padded);
+    CHECK(!memcmp(q, want, (size_t)padded) && (isnan(a) ? isnan(b) : !memcmp(&a, &b, 4)), "%s quantize_i8 of %d: scale %g, not %g",
+          t->isa, k, (double)a, (double)b);
+    free(q), free(want);
+}
+
+static void quantizer(const migi_kernels *t)
+{
+    for (int k = 1; k < 300; k += k < 70 ? 1 : 37) {
+        float *x = floats((size_t)k);
+        int padded = (k + MIGI_K_INT8 - 1) / MIGI_K_INT8 * MIGI_K_INT8;
+        quantized(t, x, k, padded);
+        for (int i = 0; i < k; i++) x[i] = (float)(int)(bits() % 253) - 126.f + .5f; /* ties, as the factor is 1 */
+        x[bits() % (uint32_t)k] = bits() & 1 ? 127.f : -127.f;
+        quantized(t, x, k, padded);
+        for (int i = 0; i < k; i++) x[i] = -x[i] * 3e-39f;
+        quantized(t, x, k, padded);
+        memset(x, 0, (size_t)k * 4);
+        quantized(t, x, k, padded);
+        static const float odd[] = {NAN, -NAN, INFINITY, -INFINITY, 3.4e38f, 1e-30f, 2e-30f};
+        for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
+            x[bits() % (uint32_t)k] = odd[i];
+            quantized(t, x, k, padded);
+            memset(x, 0, (size_t)k * 4);
+        }
+        free(x);
+    }
+    int8_t q[64];
+    float scale = t->quantize_i8(q, (float[]){2.5f, -127.f, .5f, 1.5f, -3.5f}, 5, 64);
+    CHECK(scale == 1.f && q[0] == 2 && q[1] == -127 && q[2] == 0 && q[3] == 2 && q[4] == -4 && !q[5] && !q[63],
+          "%s quantize_i8: %d %d %d %d %d", t->isa, q[0], q[1], q[2], q[3], q[4]);
+}
+
+static void scaled_sums(const migi_kernels *t, int n)
+{
+    int32_t *c = counts((size_t)n);
+    float *scales = floats((size_t)n), *y = floats((size_t)n), *want = copy_of(y, (size_t)n * 4);
+    t->add_scaled(y, c, 3e-5f, scales, n), truth->add_scaled(want, c, 3e-5f, scales, n);
+    CHECK(worst(y, want, (size_t)n) < 1e-6f, "%s add_scaled %d off by %g", t->isa, n, (double)worst(y, want, (size_t)n));
+    free(c), free(scales), free(y), free(want);
+}
+
+static void half_floats(const migi_kernels *t)
+{
+    enum { N = 1 << 16 };
+    uint16_t *h = malloc(N * 2), *g = malloc(N * 2), *e = malloc(N * 2);
+    float *x = malloc(N * 4), *want = malloc(N * 4);
+    for (int i = 0; i < N; i++) h[i] = (uint16_t)i;
+    t->widen_f16(x, h, N), truth->widen_f16(want, h, N);
+    int wrong = 0;
+    for (int i = 0; i < N; i++) wrong += isnan(want[i]) ? !isnan(x[i]) : memcmp(x + i, want + i, 4) != 0;
+    CHECK(!wrong, "%s widen_f16: %d values differ", t->isa, wrong);
+    t->narrow_f16(g, want, N);
+    wrong = 0;
+    for (int i = 0; i < N; i++) wrong += isnan(want[i]) ? (g[i] & 0x7c00) != 0x7c00 || !(g[i] & 0x3ff) : g[i] != h[i];
+    CHECK(!wrong, "%s narrow_f16: %d halves change on the way there and back", t->isa, wrong);
+    for (int i = 0; i < N; i++) { /* halfway between neighbours, one place to either side, and anything */
+        uint32_t word = bits() << 8 | bits() % 256, half = word & 0x7fff;
+        if (i & 3 && half < 0x7bff) {
+            float middle = .5f * (migi_f16_to_f32((uint16_t)half) + migi_f16_to_f32((uint16_t)(half + 1)));
+            memcpy(&word, &middle, 4);
+            word += (uint32_t)(i & 3) - 2u;
+            word |= bits() << 31;
+        }
+        memcpy(x + i, &word, 4);
+        if (isnan(x[i])) x[i] = 65520.f;
+    }
+    for (int n = N; n > N - 40; n--) {
+        memset(g, 0, N * 2), memset(e, 0, N * 2);
+        t->narrow_f16(g, x, (size_t)n), truth->narrow_f16(e, x, (size_t)n);
+        CHECK(!memcmp(g, e, N * 2), "%s narrow_f16 of %d values", t->isa, n);
+    }
+    for (size_t n = 0; n < 40; n++) {
+        float *tail = copy_of(x, 41 * 4);
+        t->widen_f16(tail, e, n), truth->widen_f16(x, e, n);
+        CHECK(!memcmp(tail, x, 41 * 4), "%s widen_f16 of %d values", t->isa, (int)n);
+        free(tail);
+    }
+    free(h), free(g), free(e), free(x), free(want);
+}
+
+static void integers(const migi_kernels *t)
+{
+    for (int m = 1; m <= 40; m++) int8_product(t, m, 16 + m % 4 * 16, 64, RANDOM);
+    for (int n = 16; n <= 64; n += 16)
+        for (int fill = 0; fill < FILLS; fill++) {
+            static const int shapes[][2] = {{1, 2048}, {2, 192}, {3, 640}, {4, 128}, {7, 1216}, {9, 320}, {17, 256}, {33, 448}};
+            for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) int8_product(t, shapes[s][0], n, shapes[s][1], fill);
+            for (int group = 8; group <= 128; group *= 2) {
+                int4_product(t, n, 128, group, fill);
+                int4_product(t, n, 640, group, fill);
+            }
+            for (int group = 24; group <= 128; group += 16) int4_product(t, n, 64 * group, group, fill); /* no powers of two */
+            int4_product(t, n, 64, 64, fill);
+            int4_product(t, n, 192, 32, fill);
+            if (n < 48) int4_product(t, n, 8960, n * 4, fill), int4_product(t, n, 4160, 8, fill), int4_product(t, n, 8256, 24, fill);
+        }
+    quantizer(t);
+    for (int n = 1; n < 70; n++) scaled_sums(t, n);
+    half_floats(t);
+}
+
 int main(void)
 {
-    static const char *names[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx", "amx-emulated", "neon"};
+    static const char *names[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "avx512vnni-emulated", "amx-emulated", "neon",
+                                  "neon-dotprod", "neon-i8mm"};
     static const int shapes[][3] = {{1, 1, 1}, {2, 7, 9}, {5, 16, 33}, {6, 17, 64}, {13, 31, 100}, {33, 64, 96}, {70, 45, 257}, {12, 32, 1176}};
     truth = &migi_kernels_scalar;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
@@ -144,6 +347,7 @@ int main(void)
             vectors(t, shapes[s][1], shapes[s][2]);
             rows(t, shapes[s][2]);
         }
+        integers(t);
     }
     CHECK(migi_kernels_best() != NULL, "no kernels");
     CHECK(migi_f32_to_bf16(1.f + 1.f / 256) == 0x3f80 && migi_f32_to_bf16(1.f + 3.f / 256) == 0x3f82, "ties go to even");

@@ -1,0 +1,111 @@
+"""migician-export: makes a small, fast file of a checkpoint.
+
+stdout carries the paths written only, stderr the story. Exit status: 0 done, 1 failed or rejected by the gate (one line
+on stderr), 2 usage, 130 interrupted.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from ..runtime.command import run_command
+
+__all__ = ["command", "main"]
+
+_FORMATS = ("mig", "gptq", "onnx", "tensorrt")
+
+
+def _describe(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    from ..runtime.checkpoint import open_checkpoint
+    from ..runtime.describe import describe, describe_text
+
+    with open_checkpoint(value) as checkpoint:
+        click.echo(describe_text(describe(checkpoint)))
+    context.exit()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", default="nano")
+@click.option("--int4", "mode", flag_value="int4", help="int4 language model, the rest int8.")
+@click.option("--int8", "mode", flag_value="int8", help="Everything int8.")
+@click.option("--bf16", "mode", flag_value="bf16", help="As it is, in one file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The .mig file, or gptq's folder.")
+@click.option("--calib", metavar="DIR|nano|none", help="What to calibrate on. [nano for nano, else to be given]")
+@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Samples to calibrate on.")
+@click.option("--seed", type=click.IntRange(0, 999_999), default=0, show_default=True, help="Of every random choice.")
+@click.option("--format", "formats", type=click.Choice(_FORMATS), multiple=True, help="Repeatable. [mig]")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted export was.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured as a page.")
+@click.option("--max-iou-drop", type=click.FloatRange(0, 1), help="Fail when held-out mean IoU falls by more.")
+@click.option("--held-out", type=click.IntRange(0), default=20, show_default=True, metavar="N",
+              help="Held-out questions per task for the report and the gate; 0 asks none.")  # fmt: skip
+@click.option("--max-side", type=click.IntRange(28), default=512, show_default=True, help="Calibration pictures, px.")
+@click.option("--keep", multiple=True, metavar="NAME", help="A map that stays bf16, e.g. visual.merger.mlp.2.")
+@click.option("--rotate/--no-rotate", default=True, help="Spread outliers by rotating first. [rotate]")
+@click.option("--head-int4", is_flag=True, help="The output head in int4 too.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads. [0: torch's own choice]")
+@click.option("--describe", metavar="FILE", is_eager=True, expose_value=False, callback=_describe,
+              help="Say what a model file is, and exit.")  # fmt: skip
+def command(mode: str | None, calib: str | None, formats: tuple[str, ...], **rest: Any) -> None:
+    """Quantizes MODEL (a checkpoint folder, a hub id, a bf16 .mig file or nano) into one file that opens at once.
+
+    \b
+    migician-export --int4 -o nano-int4.mig --report nano.html
+    migician-calib MGrounding.json -o calib && migician-export path/to/Migician --int4 --calib calib -o migician.mig
+    migician-export path/to/Migician --int8 --calib calib --max-iou-drop 0.01 -o migician.mig --resume
+    migician-export path/to/Migician --int4 --calib calib -o migician-gptq --format gptq
+    migician-export --describe migician.mig
+    """
+    if mode is None:
+        raise click.UsageError("give --int4, --int8 or --bf16.")
+    if calib is None and mode != "bf16" and rest["model"] != "nano":
+        raise click.UsageError(
+            "give --calib: a folder of migician-calib, nano for drawn scenes, or none to round to nearest."
+        )
+    _run(mode=mode, calib=calib or "nano", formats=tuple(dict.fromkeys(formats)) or ("mig",), **rest)
+
+
+def _run(**options: Any) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise click.UsageError("exporting needs torch; install it: pip install 'migician[export]'") from None
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from .exporter import Options, export
+
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bars: dict[float, Any] = {}
+
+        def show(done: float, total: float, what: str) -> None:
+            if total not in bars:
+                bars[total] = progress.add_task(what, total=total)
+            progress.update(bars[total], completed=done, description=what)
+
+        written = export(Options(**options), show)
+    for path in written:
+        click.echo(str(path))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command and turns every failure into one line and an exit status."""
+    run_command(
+        command, "migician-export", arguments, interrupted="interrupted; --resume goes on from here"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Quantizes the maps of one unit as their inputs come in, and applies them as the engine will.
+
+Letters: N outputs, K inputs, T rows of activations.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .gptq import gptq_rows, gram
+from .grid import Grid, dequantize_activations, int4_grid, int8_grid
+from .packing import group_size, pack_int4, pack_int8
+
+__all__ = ["Fitted", "Fitter", "pack", "row_grid"]
+
+_ERROR_ROWS = 512  # rows of activations on which output errors are measured
+_APPLY_ROWS = 4096  # rows that go through a map at a time
+
+
+@dataclass(eq=False)
+class Fitted:
+    """One quantized matrix.   q: i8[N, K].   report: its entry in the report."""
+
+    q: Tensor
+    grid: Grid
+    report: dict[str, Any]
+
+    def dequantized(self) -> Tensor:
+        """Returns f32[N, K]."""
+        return self.grid.dequantize(self.q)
+
+
+def row_grid(kind: str, w: Tensor, group_limit: int, importance: Tensor | None = None) -> Grid:
+    """Fits the grid of a kind to f32[N, K]."""
+    if kind == "int8":
+        return int8_grid(w)
+    return int4_grid(w, group_size(w.shape[1], group_limit), importance)
+
+
+def pack(name: str, fitted: Fitted) -> dict[str, Tensor]:
+    """Returns the stored tensors of a matrix by name."""
+    q, grid = fitted.q.cpu().numpy(), fitted.grid
+    scale = torch.zeros(-(-len(q) // 16) * 16)
+    scale[: len(q)] = grid.scale
+    if grid.factor is None:
+        return {f"{name}.weight": torch.from_numpy(pack_int8(q)), f"{name}.weight_scale": scale}
+    blocks, groups = pack_int4(q, grid.factor.cpu().numpy())
+    return {
+        f"{name}.weight": torch.from_numpy(np.ascontiguousarray(blocks)),
+        f"{name}.weight_group": torch.from_numpy(np.ascontiguousarray(groups)),
+        f"{name}.weight_scale": scale,
+    }
+
+
+def _relative(error: Tensor, truth: Tensor) -> float:
+    size = float(truth.norm())
+    return float(error.norm()) / size if size > 0 else 0.0
+
+
+class Fitter:
+    """The maps of one unit: float until fit() has seen their inputs, quantized from then on.
+
+    weights: f32 tensors by full name.   kinds: name of a map -> "int8", "int4" or "bf16".
+    """
+
+    def __init__(self, weights: dict[str, Tensor], kinds: Mapping[str, str], group_limit: int) -> None:
+        self.weights, self.kinds, self._group_limit = weights, kinds, group_limit
+        self.fitted: dict[str, Fitted] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    def fit(self, names: Sequence[str], x: Tensor | None, weight: Tensor | None = None) -> None:
+        """Quantizes maps that read the same x f32[T, K]; rounds to nearest where x is None. weight: f32[T]."""
+        for kind in ("int8", "int4"):
+            chosen = [name for name in names if self.kinds[name] == kind]
+            if chosen:
+                self._fit(kind, chosen, x, weight)
+
+    def _fit(self, kind: str, names: Sequence[str], x: Tensor | None, weight: Tensor | None) -> None:
+        parts = [self.weights[name + ".weight"] for name in names]
+        w = torch.cat(parts) if len(parts) > 1 else parts[0]
+        q, damping, probe = None, 0.0, None
+        importance = None
+        if x is not None:
+            x = dequantize_activations(x)
+            probe = x[:: max(1, len(x) // _ERROR_ROWS)][:_ERROR_ROWS]
+            hessian = gram(x, weight)
+            importance = hessian.diagonal().clone()
+        grid = row_grid(kind, w, self._group_limit, importance)
+        nearest = grid.round(w)
+        if x is not None:
+            q, damping = gptq_rows(w, hessian, grid)
+        start = 0
+        for name, part in zip(names, parts, strict=True):
+            rows = slice(start, start := start + len(part))
+            own = Grid(kind, grid.scale[rows], None if grid.factor is None else grid.factor[rows], grid.group)
+            self._keep(name, own, nearest[rows], None if q is None else q[rows], probe, damping)
+
+    def _keep(
+        self, name: str, grid: Grid, nearest: Tensor, q: Tensor | None, probe: Tensor | None, damping: float
+    ) -> None:
+        w = self.weights.pop(name + ".weight")
+        chosen = nearest if q is None else q
+        dense = grid.dequantize(chosen)
+        report: dict[str, Any] = {"name": name, "kind": grid.kind, "shape": list(w.shape)}
+        report["weight_error"] = _relative(dense - w, w)
+        report["rtn_weight_error"] = _relative(grid.dequantize(nearest) - w, w)
+        report["output_error"] = report["rtn_output_error"] = None
+        if probe is not None:
+            truth = probe @ w.T
+            report["output_error"] = _relative(probe @ dense.T - truth, truth)
+            report["rtn_output_error"] = _relative(probe @ grid.dequantize(nearest).T - truth, truth)
+        report["damping"] = damping
+        self.fitted[name] = Fitted(chosen, grid, report)
+        self._dense[name] = dense
+
+    def apply(self, name: str, x: Tensor) -> Tensor:
+        """Returns x W^T + b for f32[..., K], with the engine's rounding of x where W is quantized."""
+        bias = self.weights.get(name + ".bias")
+        dense = self._dense.get(name)
+        if dense is None:
+            return torch.nn.functional.linear(x, self.weights[name + ".weight"], bias)
+        return torch.nn.functional.linear(dequantize_activations(x), dense, bias)

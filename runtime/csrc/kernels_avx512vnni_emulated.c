@@ -1,0 +1,11 @@
+/* kernels_avx512vnni_emulated.c - the VNNI kernels on an emulated instruction, for tests on machines without it; slow. */
+#define MIGI_VNNI_EMULATE
+#define SIMD_WIDTH 4
+#define SIMD_MR 4
+#define SIMD_NV 2
+#include "kernels_simd.inc"
+#include "int8_vnni.inc"
+
+const migi_kernels migi_kernels_avx512vnni_emulated = {
+    .isa = "avx512vnni-emulated", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, VNNI_SLOTS,
+    .narrow_f16 = migi_scalar_narrow_f16, .widen_f16 = migi_scalar_widen_f16};
