@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("runtime", "calib", "calib/scenes", "export", "bench", "train")
+FOLDERS = ("runtime", "calib", "calib/scenes", "export", "bench", "bench/accuracy", "bench/latency", "train")
 BUILD_ONLY = {("migician", "setup"), ("migician.runtime", "build_migi")}
 
 

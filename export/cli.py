@@ -4,7 +4,9 @@ stdout carries the paths written only, stderr the story. Exit status: 0 done, 1 
 on stderr), 2 usage, 130 interrupted.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +76,17 @@ def _run(**options: Any) -> None:
         import torch  # noqa: F401
     except ImportError:
         raise click.UsageError("exporting needs torch; install it: pip install 'migician[export]'") from None
+    from .exporter import Options, export
+
+    with _progress() as show:
+        written = export(Options(**options), show)
+    for path in written:
+        click.echo(str(path))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float, float, str], None]]:
+    """A bar with the time left on a terminal; elsewhere a line for every unit."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -84,10 +97,24 @@ def _run(**options: Any) -> None:
         TimeRemainingColumn,
     )
 
-    from .exporter import Options, export
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        began, first, last = time.monotonic(), dict[float, float](), ""
 
+        def line(done: float, total: float, what: str) -> None:
+            nonlocal last
+            if what == last:
+                return
+            last = what
+            start = first.setdefault(total, done)  # a resumed run begins in the middle
+            spent = time.monotonic() - began
+            left = f", about {spent * (total - done) / (done - start):.0f} s left" if done > start else ""
+            click.echo(f"{100 * done / total:3.0f} % after {spent:.0f} s{left}: {what}", err=True)
+
+        yield line
+        return
     columns = (TextColumn("{task.description:40}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bars: dict[float, Any] = {}
 
         def show(done: float, total: float, what: str) -> None:
@@ -95,9 +122,7 @@ def _run(**options: Any) -> None:
                 bars[total] = progress.add_task(what, total=total)
             progress.update(bars[total], completed=done, description=what)
 
-        written = export(Options(**options), show)
-    for path in written:
-        click.echo(str(path))
+        yield show
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

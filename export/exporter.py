@@ -180,10 +180,10 @@ def _gate(options: Options, accuracy: Mapping[str, Any] | None) -> str | None:
 
 def _accuracy(options: Options, candidate: Path, show: Show) -> dict[str, Any] | None:
     """Asks the held-out questions of the model before and after; None where nobody wants to know."""
-    from ..runtime.model import load
-
     if options.held_out == 0 or (options.max_iou_drop is None and options.report is None):
         return None
+    from ..runtime.model import load
+
     result: dict[str, Any] = {"per_task": options.held_out}
     for when, source in (("before", options.model), ("after", str(candidate))):
         asked = 0

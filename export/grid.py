@@ -100,14 +100,18 @@ def int4_grid(w: Tensor, group: int, importance: Tensor | None = None) -> Grid:
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds rows of f32[T, K] as the engine does: (i8[T, K], f32[T] scales), bit for bit."""
-    top = x.abs().amax(1, keepdim=True)
-    return torch.round(x * _inverse(top)).to(torch.int8), top[:, 0] / 127
+    top = _largest(x)
+    return (x * _inverse(top)).round_().to(torch.int8), top[:, 0] / 127
 
 
 def dequantize_activations(x: Tensor) -> Tensor:
     """Returns f32[T, K] as the engine's integer products see them."""
-    top = x.abs().amax(-1, keepdim=True)
-    return torch.round(x * _inverse(top)).mul_(top / 127)
+    top = _largest(x)
+    return (x * _inverse(top)).round_().mul_(top / 127)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
 
 
 def _inverse(top: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class Job:
                 self.progress(sum(costs[:number]), sum(costs), unit.name)
                 tensors, report, x = self._do(unit, rotations, x)
                 self.folder.keep(number, tensors, report, x)
+                for file in self.checkpoint.files:
+                    file.release()  # the source's pages would add up to the whole model
         self.progress(sum(costs), sum(costs), "packing")
 
     def _do(

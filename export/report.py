@@ -22,9 +22,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..runtime.charts import STYLE as CHART_STYLE
+from ..runtime.charts import Line, bar, bounds, line_chart, shares
 from ..runtime.errors import ModelFileError
-from .charts import STYLE as CHART_STYLE
-from .charts import Line, bar, bounds, line_chart, shares
 
 __all__ = ["iou_change", "render_report", "write_report"]
 

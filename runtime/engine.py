@@ -16,7 +16,20 @@ from .checkpoint import Checkpoint
 from .errors import Cancelled, ContextFullError, MigicianError, ModelFileError, UnsupportedError
 from .tensors import Tensor
 
-__all__ = ["Pool", "Session", "Vision", "Weights", "integer_sums", "kernel_report", "patchify", "positions"]
+__all__ = [
+    "VERIFY_ROWS",
+    "Pool",
+    "Session",
+    "Vision",
+    "Weights",
+    "integer_sums",
+    "kernel_report",
+    "measure_ceilings",
+    "patchify",
+    "positions",
+]
+
+VERIFY_ROWS: int = lib.MIGI_VERIFY_ROWS  # most tokens of one Session.verify
 
 _ERRORS: dict[int, type[MigicianError]] = {
     lib.MIGI_E_MODEL: ModelFileError,
@@ -117,11 +130,15 @@ class Weights:
 
 
 class Vision:
-    """One encoded picture, usable in every session of the same weights."""
+    """One encoded picture, usable in every session of the same weights.
+
+    bytes: size of its embeddings.
+    """
 
     def __init__(self, handle: Any, hidden: int) -> None:
         self.handle, self._hidden = handle, hidden
         self.tokens: int = lib.migi_vision_tokens(handle)
+        self.bytes = self.tokens * hidden * 4
 
     def embeddings(self) -> np.ndarray:
         """Returns a copy, f32[tokens, hidden]."""
@@ -138,6 +155,7 @@ class Session:
         options = self._options = ffi.new("migi_session_options *")
         options.context, options.fp32, options.poll = context, int(fp32), lib.migi_poll_signals
         self._err = ffi.new("migi_error *")
+        self._verified = ffi.new("int32_t *"), ffi.new("int32_t[]", VERIFY_ROWS), ffi.new("float[]", VERIFY_ROWS)
         out = ffi.new("migi_session **")
         _check(lib.migi_session_new(out, weights.handle, pool.handle, options, self._err), self._err)
         self.handle = ffi.gc(out[0], lib.migi_session_free)
@@ -150,11 +168,12 @@ class Session:
         _check(lib.migi_vision_encode(out, self.handle, data, rgb.shape[0], rgb.shape[1], self._err), self._err)
         return Vision(ffi.gc(out[0], lib.migi_vision_free), self.weights.config.hidden)
 
-    def sync(self, ids: Sequence[int], visions: Sequence[Vision]) -> None:
-        """Makes the timeline hold exactly these tokens, keeping the common prefix."""
+    def sync(self, ids: Sequence[int], visions: Sequence[Vision]) -> int:
+        """Makes the timeline hold exactly these tokens; returns how many of them did not have to be computed."""
         tokens = ffi.new("int32_t[]", list(ids))
         pictures = ffi.new("migi_vision *[]", [v.handle for v in visions])
         _check(lib.migi_session_sync(self.handle, tokens, len(ids), pictures, len(visions), self._err), self._err)
+        return lib.migi_session_kept(self.handle)
 
     def append(self, ids: Sequence[int], *, logprobs: bool = False) -> np.ndarray | None:
         """Appends text tokens; with logprobs, returns f32[len(ids)], each token's natural log-probability."""
@@ -170,6 +189,26 @@ class Session:
         token, logprob = ffi.new("int32_t *"), ffi.new("float *")
         _check(lib.migi_session_greedy(self.handle, repetition_penalty, token, logprob, self._err), self._err)
         return token[0], logprob[0]
+
+    def verify(self, ids: Sequence[int], repetition_penalty: float = 1.0) -> list[tuple[int, float]]:
+        """Appends ids[0] and as many of the guesses behind it as are the greedy choice, in one pass.
+
+        ids: at most VERIFY_ROWS.   Returns the greedy choice after each appended token, with its log-probability: the
+        guesses that came true, and the next token, which is not on the timeline yet.
+        """
+        kept, choices, logprobs = self._verified
+        tokens = ffi.new("int32_t[]", ids)
+        count = len(ids)
+        _check(
+            lib.migi_session_verify(self.handle, tokens, count, repetition_penalty, kept, choices, logprobs, self._err),
+            self._err,
+        )
+        return [(choices[i], logprobs[i]) for i in range(kept[0])]
+
+    def grow(self, context: int) -> None:
+        """Makes room for more tokens, keeping the timeline."""
+        _check(lib.migi_session_grow(self.handle, context, self._err), self._err)
+        self.context = self._options.context = max(context, self.context)
 
     def logits(self) -> np.ndarray:
         """Returns a copy, f32[vocab], after the last token."""
@@ -237,3 +276,13 @@ def integer_sums(pool: Pool, weight: Tensor, factors: Tensor | None, x: np.ndarr
     out_scales = ffi.from_buffer("float[]", scales, require_writable=True)
     _check(lib.migi_integer_sums(pool.handle, slots, group, data, rows, k, out, out_scales, err), err)
     return sums, scales
+
+
+def measure_ceilings(pool: Pool, *, seconds: float = 0.3) -> dict[str, float]:
+    """Measures what the machine does at most with these threads and kernels: read_bytes, f32_ops, int8_ops, bf16_ops.
+
+    Each is per second; bf16_ops is 0 where bf16 is multiplied as float. seconds: for each of up to seven rounds.
+    """
+    out, err = ffi.new("migi_ceilings *"), ffi.new("migi_error *")
+    _check(lib.migi_measure_ceilings(pool.handle, seconds, out, err), err)
+    return {name: getattr(out, name) for name in ("read_bytes", "f32_ops", "int8_ops", "bf16_ops")}

@@ -17,15 +17,22 @@ from typing import Any
 import numpy as np
 
 from .boxes import Box, parse_boxes
+from .cache import CACHE_BYTES, PictureCache, picture_key
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
 from .describe import describe
-from .engine import Pool, Session, Vision, Weights
+from .drafts import Draft, Speculator
+from .engine import VERIFY_ROWS, Pool, Session, Vision, Weights
 from .errors import ContextFullError, MigicianError, ModelFileError, UnsupportedError
 from .image import Picture, PictureSource, load_picture
 from .prompt import TextStream, Vocabulary, build_prompt, token_spans
 
 __all__ = ["Answer", "Chat", "Model", "Step", "Stream", "Token", "load"]
+
+# Tokens a session has room for from the start: several pictures and some turns about them. Memory is taken only as they
+# come (about 29 KB each for the 2B model, 57 for the 7B), so room costs nothing, and growing beyond it is rare.
+_ROOMY_CONTEXT = 8192
+_CONTEXT_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class Answer:
     """What the model said about the pictures.
 
     text keeps the model's tags; unparsed counts boxes that stay in the text because they are malformed. stats has
-    preprocess_ms, vision_ms, prefill_ms, decode_ms, new_tokens, peak_rss_mb, weights_mb.
+    preprocess_ms, vision_ms, prefill_ms, decode_ms, new_tokens, peak_rss_mb, weights_mb; reused_tokens of the prompt
+    and reused_pictures, which earlier questions had left computed; decode_passes, how often the weights were read for
+    the answer, and tokens_per_pass, 1 where every token took a pass of its own.
     """
 
     text: str
@@ -71,6 +80,7 @@ class _Turn:
     prompt: str
     pictures: Sequence[Picture]
     visions: Sequence[Vision]
+    reused_pictures: int
     max_new_tokens: int
     repetition_penalty: float | None
 
@@ -114,11 +124,26 @@ class Stream(Iterator[Step]):
 
 
 class Model:
-    """A loaded model. One call at a time; use one Model per thread, or share the file: pages are shared."""
+    """A loaded model. One call at a time; use one Model per thread, or share the file: pages are shared.
 
-    def __init__(self, checkpoint: Checkpoint, *, threads: int = 0, precision: str = "auto") -> None:
+    What a question leaves behind makes the next one cheap: encoded pictures are kept by their pixels, at most
+    cache_bytes of them, and the session keeps the KV cache of the last prompt and answer, of which the next prompt
+    reuses what it begins with. The room for it grows without loss when a prompt needs more.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int = 0,
+        precision: str = "auto",
+        speculate: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         if precision not in ("auto", "fp32"):
             raise UnsupportedError(f"precision {precision!r} is unknown; choose auto or fp32")
+        if cache_bytes < 0:
+            raise MigicianError(f"cache_bytes is {cache_bytes}; give a number of bytes, or 0 to keep no pictures")
         self.name = checkpoint.name
         self.backend = "native"
         self.config: ModelConfig = checkpoint.config
@@ -132,6 +157,12 @@ class Model:
         except (ModelFileError, UnsupportedError) as error:  # these know of tensors and words, not of files
             raise type(error)(f"{checkpoint.where}: {error}") from None
         self._session: Session | None = None
+        self._calls = 0  # for the session; a stream sees by them that another question came in between
+        self._cache = PictureCache(cache_bytes)
+        self._speculator: Speculator | None = None
+        if speculate:
+            stop = {*self.config.eos_tokens, self.config.image_token}
+            self._speculator = Speculator(self._vocabulary, rows=VERIFY_ROWS, stop=stop)
 
     def __enter__(self) -> "Model":
         return self
@@ -148,8 +179,9 @@ class Model:
         return describe(self._checkpoint)
 
     def close(self) -> None:
-        """Frees the session and the weights' mapping; later calls raise MigicianError."""
+        """Frees the session, the kept pictures and the weights' mapping; later calls raise MigicianError."""
         self._session = self._weights = None
+        self._cache.clear()
         self._checkpoint.close()
 
     def ground(
@@ -183,7 +215,10 @@ class Model:
         max_side: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Stream:
-        """Answers as ground() does, one Step per token."""
+        """Answers as ground() does, one Step per token; where guesses came true, several arrive together.
+
+        Ask nothing else of the model before the last step: a stream that was overtaken raises MigicianError.
+        """
         result: list[Answer] = []
 
         def steps() -> Iterator[Step]:
@@ -192,9 +227,9 @@ class Model:
             clock.lap("preprocess_ms")
             ids = self._prompt(prompt, pictures, (), max_new_tokens)
             session = self._room(len(ids) + max_new_tokens)
-            visions = [session.encode(picture.rgb) for picture in pictures]
+            visions, reused = self._encode(session, pictures)
             clock.lap("vision_ms")
-            turn = _Turn(ids, prompt, pictures, visions, max_new_tokens, repetition_penalty)
+            turn = _Turn(ids, prompt, pictures, visions, reused, max_new_tokens, repetition_penalty)
             yield from self._decode(session, turn, clock, result)
 
         return Stream(steps(), result)
@@ -211,7 +246,7 @@ class Model:
             return np.empty(0, np.float32)
         ids = self._prompt(prompt, pictures, (), len(answer))
         session = self._room(len(ids) + len(answer))
-        session.sync(ids, [session.encode(picture.rgb) for picture in pictures])
+        session.sync(ids, self._encode(session, pictures)[0])
         scores = session.append(answer, logprobs=True)
         assert scores is not None
         return scores
@@ -242,14 +277,44 @@ class Model:
         return ids
 
     def _room(self, tokens: int) -> Session:
-        """The session, made anew when it is too small; sizes grow in steps so that this is rare."""
+        """The session, with room for so many tokens; made roomy, and grown to at least twice its size."""
         if self._weights is None:
             raise MigicianError("the model is closed; load it again")
-        if self._session is None or self._session.context < tokens:
-            self._session = None  # the old cache goes before the new one comes
-            context = min(-(-tokens // 256) * 256, max(tokens, self.config.text.max_positions))
-            self._session = Session(self._weights, self._pool, context=context, fp32=self._fp32)
+        self._calls += 1
+        room = 2 * self._session.context if self._session else _ROOMY_CONTEXT
+        room = min(max(-(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP, room), max(tokens, self.config.text.max_positions))
+        if self._session is None:
+            try:
+                self._session = self._open_session(room)
+            except MigicianError:  # a system that does not promise memory before it is used
+                self._session = self._open_session(tokens)
+        elif self._session.context < tokens:
+            try:
+                self._session.grow(room)
+            except MigicianError:  # not both caches at once: the old one goes, its prompt is computed again
+                self._session = None
+                self._session = self._open_session(tokens)
         return self._session
+
+    def _open_session(self, context: int) -> Session:
+        assert self._weights is not None
+        return Session(self._weights, self._pool, context=context, fp32=self._fp32)
+
+    def _encode(self, session: Session, pictures: Sequence[Picture]) -> tuple[list[Vision], int]:
+        """Encodes the pictures that are not kept; returns all of them, and how many were."""
+        if not self._cache.limit_bytes:
+            return [session.encode(picture.rgb) for picture in pictures], 0
+        visions, reused = [], 0
+        for picture in pictures:
+            key = picture_key(picture.rgb)
+            vision = self._cache.get(key)
+            if vision is None:
+                vision = session.encode(picture.rgb)
+                self._cache.put(key, vision)
+            else:
+                reused += 1
+            visions.append(vision)
+        return visions, reused
 
     def _decode(
         self,
@@ -261,23 +326,47 @@ class Model:
         penalty = turn.repetition_penalty
         if penalty is None:
             penalty = self._checkpoint.repetition_penalty
-        session.sync(turn.ids, turn.visions)
+        reused = session.sync(turn.ids, turn.visions)
+        call = self._calls
         clock.lap("prefill_ms")
         text, stream, finish = "", TextStream(self._vocabulary), "length"
         tokens: list[Token] = []
-        while len(tokens) < turn.max_new_tokens:
-            token, logprob = session.greedy(penalty)
-            if token in self.config.eos_tokens:
-                finish = "stop"
+        draft = self._speculator.begin(turn.ids) if self._speculator else None
+        found, passes = [session.greedy(penalty)], 0
+        while True:
+            for token, logprob in found:  # end-of-text can only be the last: no guess is one
+                if token in self.config.eos_tokens:
+                    finish = "stop"
+                    break
+                tokens.append(Token(token, logprob))
+                piece = stream.push(token)
+                text += piece
+                if draft:
+                    draft.push(token)
+                yield Step(piece, token, logprob, clock.elapsed_ms())
+                if call != self._calls:
+                    raise MigicianError("another question was asked before this stream ended; take all its steps first")
+            room = turn.max_new_tokens - len(tokens)
+            if finish == "stop" or not room:
                 break
-            tokens.append(Token(token, logprob))
-            piece = stream.push(token)
-            text += piece
-            yield Step(piece, token, logprob, clock.elapsed_ms())
-            if len(tokens) < turn.max_new_tokens:
-                session.append([token])
+            found = _advance(session, draft, tokens[-1].id, room, penalty)
+            passes += 1
+        if draft:
+            draft.finish()
         text += stream.finish()
         clock.lap("decode_ms")
+        result.append(self._answer(turn, text, tokens, finish, clock, reused, passes))
+
+    def _answer(
+        self,
+        turn: _Turn,
+        text: str,
+        tokens: list[Token],
+        finish: str,
+        clock: _Clock,
+        reused_tokens: int,
+        passes: int,
+    ) -> Answer:
         spans = [
             (start, end, token.logprob)
             for (start, end), token in zip(token_spans(self._vocabulary, [t.id for t in tokens]), tokens, strict=True)
@@ -285,12 +374,28 @@ class Model:
         sizes = [(picture.width, picture.height) for picture in turn.pictures]
         boxes, unparsed = parse_boxes(text, prompt=turn.prompt, sizes=sizes, token_spans=spans)
         weights = self._weights.bytes if self._weights else 0
+        decoded = len(tokens) - (finish == "length")  # the first token is the prompt's; end-of-text is one more
         stats = clock.stats | {
             "new_tokens": len(tokens),
             "peak_rss_mb": round(_peak_rss_mb(), 1),
             "weights_mb": round(weights / 1e6, 1),
+            "reused_tokens": reused_tokens,
+            "reused_pictures": turn.reused_pictures,
+            "decode_passes": passes,
+            "tokens_per_pass": round(decoded / passes, 3) if passes else 1.0,
         }
-        result.append(Answer(text, boxes, unparsed, tuple(tokens), len(turn.ids), finish, stats))
+        return Answer(text, boxes, unparsed, tuple(tokens), len(turn.ids), finish, stats)
+
+
+def _advance(session: Session, draft: Draft | None, last: int, room: int, penalty: float) -> list[tuple[int, float]]:
+    """Finds the 1 to `room` tokens after the last one, in one pass over the weights."""
+    if draft is None:
+        return session.verify([last], penalty)
+    guesses, kinds = draft.guess(room - 1)
+    start = time.perf_counter()
+    found = session.verify([last, *guesses], penalty)
+    draft.verified(kinds, len(found) - 1, time.perf_counter() - start)
+    return found
 
 
 class Chat:
@@ -307,10 +412,11 @@ class Chat:
         clock.stats["preprocess_ms"] = 0.0
         ids = model._prompt(prompt, self._pictures, self._turns, max_new_tokens)
         session = model._room(len(ids) + max_new_tokens)
+        reused = len(self._pictures)
         if self._visions is None:
-            self._visions = [session.encode(picture.rgb) for picture in self._pictures]
+            self._visions, reused = model._encode(session, self._pictures)
         clock.lap("vision_ms")
-        turn = _Turn(ids, prompt, self._pictures, self._visions, max_new_tokens, repetition_penalty)
+        turn = _Turn(ids, prompt, self._pictures, self._visions, reused, max_new_tokens, repetition_penalty)
         for _ in model._decode(session, turn, clock, result):
             pass
         self._turns.append((prompt, [token.id for token in result[0].tokens]))
@@ -325,19 +431,23 @@ def load(
     backend: str = "native",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    speculate: bool = True,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Model:
     """Loads a model: a .mig file, a Hugging Face folder, a hub id in the local cache, or "nano".
 
     source: None takes MIGICIAN_MODEL, else nano. threads: 0 is one per core. precision: "auto" lets activations be
     rounded, to int8 before quantized weights and to bf16 where the CPU multiplies that faster, "fp32" never.
     min_pixels, max_pixels: bounds on a resized picture's area, in place of the model's own.
+    speculate: guess at coming tokens and verify several in one pass over the weights; the answer is the same without.
+    cache_bytes: most memory for encoded pictures that are kept for later questions, 0 for none.
     Raises ModelFileError, UnsupportedError.
     """
     if backend != "native":
         raise UnsupportedError(f"backend {backend!r} is not part of this version; choose native")
     checkpoint = open_checkpoint(source or os.environ.get("MIGICIAN_MODEL") or "nano")
     try:
-        model = Model(checkpoint, threads=threads, precision=precision)
+        model = Model(checkpoint, threads=threads, precision=precision, speculate=speculate, cache_bytes=cache_bytes)
         pre = model.preprocessor
         low, high = min_pixels or pre.min_pixels, max_pixels or pre.max_pixels
         if max_pixels and not min_pixels:

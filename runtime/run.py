@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ class Request:
     threads: int
     repetition_penalty: float | None
     precision: str
+    speculate: bool
     logprobs: bool
     stats: bool
     stream: bool
@@ -88,8 +88,9 @@ _COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, metavar="N", help="Threads. [0: one per core]")
 @click.option("--repetition-penalty", type=float, callback=_finite, metavar="X", help="1 turns it off. [the model's]")
 @click.option("--precision", type=click.Choice(["auto", "fp32"]), default="auto", help="Arithmetic. [auto]")
+@click.option("--speculate/--no-speculate", default=True, help="Guess tokens and verify them together, or one by one.")
 @click.option("--logprobs", is_flag=True, help="Show each token's log-probability.")
-@click.option("--stats", is_flag=True, help="Show what the model is, times and memory.")
+@click.option("--stats", is_flag=True, help="Show what the model is, times, memory, tokens per pass over the weights.")
 @click.option("--stream", is_flag=True, help="Show the answer as it comes.")
 @click.option("--kernels", is_flag=True, is_eager=True, expose_value=False, callback=_print_kernels,
               help="Show which kernels serve this machine, and exit.")  # fmt: skip
@@ -122,6 +123,7 @@ def _run(request: Request) -> None:
         backend=request.backend,
         min_pixels=request.min_pixels,
         max_pixels=request.max_pixels,
+        speculate=request.speculate,
     ) as model:
         if request.stats:
             from .describe import describe_line
@@ -218,6 +220,8 @@ def _table(answer: "Answer", images: Sequence[str]) -> str:
 
 def _draw(path: Path, request: Request, answer: "Answer") -> None:
     """Writes the contact sheet under a temporary name and renames it, so that a sheet is whole or absent."""
+    import tempfile
+
     from .draw import contact_sheet
     from .image import open_picture
 

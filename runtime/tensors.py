@@ -96,6 +96,11 @@ class TensorFile:
         """Returns the data section: every byte behind the header."""
         return memoryview(self._map)[self.data_start :]
 
+    def release(self) -> None:
+        """Gives pages already read back to the system; they are read again when they are wanted."""
+        with contextlib.suppress(OSError, ValueError):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Lets go of the tensors and, when no array is left elsewhere, of the mapping."""
         self.tensors.clear()

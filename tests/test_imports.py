@@ -12,7 +12,7 @@ ALLOWED = {
     "runtime": set(),
     "calib": {"runtime"},
     "export": {"runtime", "calib"},
-    "bench": {"runtime"},
+    "bench": {"runtime", "calib"},
     "train": {"runtime", "calib"},
     "": {"runtime"},
 }

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from migician.export.charts import Line, bar, bounds, line_chart, shares
 from migician.export.report import iou_change, render_report, write_report
+from migician.runtime.charts import Line, bar, bounds, line_chart, shares
 from migician.runtime.errors import ModelFileError
 
 MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]

@@ -67,7 +67,7 @@ def test_json_has_the_keys_of_the_contract(tiny: Path, picture: Path) -> None:
     assert answer["backend"] == "native" and answer["finish"] in ("stop", "length")
     assert all(set(token) == {"id", "logprob"} and token["logprob"] <= 0 for token in answer["tokens"])
     stats = {"preprocess_ms", "vision_ms", "prefill_ms", "decode_ms", "new_tokens", "peak_rss_mb", "weights_mb"}
-    assert set(answer["stats"]) == stats
+    assert set(answer["stats"]) >= stats
     assert len(answer["tokens"]) == answer["stats"]["new_tokens"]
     assert "tokens" not in json.loads(short(tiny, picture, QUESTION, "--json").stdout)
 

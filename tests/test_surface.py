@@ -70,7 +70,7 @@ def test_migician_export_has_every_option_of_its_contract() -> None:
     assert set(wanted.split()) <= set(re.findall(r"--[a-z0-9-]+", text))
 
 
-@pytest.mark.parametrize("name", ["migician-calib", "migician-export", "migician-run", "migician-train"])
+@pytest.mark.parametrize("name", [f"migician-{word}" for word in ("bench", "calib", "export", "run", "train")])
 def test_every_command_explains_itself(name: str) -> None:
     found = [entry for entry in entry_points(group="console_scripts") if entry.name == name]
     if not found:

@@ -1,9 +1,14 @@
 /* attention.c - attention in blocks with a running softmax (FlashAttention, arXiv 2205.14135): never a T x T buffer.
  *
- * One task is one head and one block of queries. Per block of keys: scores = q k^T through the f32 product kernel, a new
- * maximum and sum per row, the output so far scaled down to it, plus probabilities times v. Keys and values kept as half
- * floats are widened block by block. With few queries (decode) a task is some query heads of one key/value head, which
- * share what was widened.
+ * Many queries: one task is one head and one block of queries. Per block of keys: scores = q k^T through the product kernels,
+ * a new maximum and sum per row, the output so far scaled down to it, plus probabilities times v. Keys and values kept as
+ * half floats are widened block by block. A session that rounds activations to bf16 anyway rounds q, k, v and the
+ * probabilities too, where the table multiplies bf16 faster; sums, maxima and exp stay float.
+ * Few queries (decode): a task is some query heads of one key/value head and all queries; half floats are widened in
+ * registers, once for all of them.
+ *
+ * A row's result depends neither on the rows beside it nor on where its block begins: keys past the last visible one are
+ * -INFINITY up to a whole number of the widest vectors, so that exp always takes the same way, and add zeros.
  */
 #include "internal.h"
 
@@ -12,9 +17,10 @@
 
 enum {
     Q_BLOCK = 192,
-    KEY_BLOCK = 128,  /* a multiple of every table's nr */
-    FEW_QUERIES = 4,  /* up to here, packing keys costs more than it saves */
-    FEW_KEYS = 256,   /* keys of a block then: 128 KB of floats for heads of 128 */
+    KEY_BLOCK = 128,  /* a multiple of every table's nr and of MIGI_K_STEP */
+    WHOLE = 16,       /* floats of the widest vector */
+    FEW_QUERIES = MIGI_FEW_ROWS,
+    FEW_KEYS = 256,   /* keys of a block then */
     MAX_SHARE = 16,   /* query heads of a task then */
 };
 
@@ -26,13 +32,21 @@ typedef struct call {
     float factor;
 } call;
 
-/* Per worker: scores, scaled queries, output, packed keys, packed values, widened keys or values, maxima, sums. */
-static size_t padded_size(const migi_kernels *k, int size) { return (size_t)((size + k->nr - 1) / k->nr * k->nr); }
+static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+/* A head's size for panels of any kind. */
+static size_t padded_size(const migi_kernels *k, int size)
+{
+    size_t nr = (size_t)(k->nr > k->nr_bf16 ? k->nr : k->nr_bf16);
+    return larger(((size_t)size + nr - 1) / nr * nr, migi_padded((size_t)size));
+}
 
 size_t migi_attention_scratch(const migi_kernels *k, int size)
 {
     size_t s = padded_size(k, size);
-    return sizeof(float) * (Q_BLOCK * KEY_BLOCK + 2 * Q_BLOCK * s + 3 * KEY_BLOCK * s + 2 * Q_BLOCK);
+    size_t many = Q_BLOCK * KEY_BLOCK + 2 * Q_BLOCK * s + 3 * KEY_BLOCK * s + 2 * Q_BLOCK + (Q_BLOCK + s) * KEY_BLOCK / 2 + Q_BLOCK * s / 2;
+    size_t few = MAX_SHARE * FEW_QUERIES * (FEW_KEYS + 2 * (size_t)size + 2);
+    return sizeof(float) * larger(many, few);
 }
 
 /* Folds scores of one row into its running maximum and sum; returns the factor for what was summed before. */
@@ -46,6 +60,117 @@ static float fold(const migi_kernels *k, float *scores, int n, float *max, float
     return down;
 }
 
+/* ---- few queries */
+
+/* How many of the keys [k0, k0 + n) row r sees; row r is query r / share. */
+static int seen_keys(const call *c, int r, int k0, int n)
+{
+    const attention *a = c->a;
+    int last = a->causal ? a->keys - a->queries + r / c->share + 1 : a->keys, visible = min_int(n, last - k0);
+    return visible < 0 ? 0 : visible;
+}
+
+/* scores[rows][FEW_KEYS] <- q[rows, size] of the keys [k0, k0 + n) of one key/value head */
+static void few_scores(const call *c, float *scores, const float *q, size_t kv, int k0, int rows, int n)
+{
+    const attention *a = c->a;
+    size_t at = kv + (size_t)k0 * a->ldkv;
+    if (a->half) {
+        c->ws->k->dots_f16(scores, FEW_KEYS, q, (const uint16_t *)a->k + at, a->ldkv, rows, n, a->size);
+        return;
+    }
+    for (int r = 0; r < rows; r++) {
+        int own = seen_keys(c, r, k0, n); /* the last keys of a product are added in another order than those before */
+        memset(scores + r * FEW_KEYS, 0, (size_t)n * sizeof *scores);
+        c->ws->k->gemv_f32(scores + r * FEW_KEYS, (const float *)a->k + at, a->ldkv, q + (size_t)r * (size_t)a->size, own, a->size);
+    }
+}
+
+/* out[rows, size] += the values, weighted by scores */
+static void few_values(const call *c, float *out, const float *scores, size_t kv, int k0, int rows, int n)
+{
+    const attention *a = c->a;
+    size_t at = kv + (size_t)k0 * a->ldkv;
+    if (a->half) {
+        c->ws->k->weighted_f16(out, scores, FEW_KEYS, (const uint16_t *)a->v + at, a->ldkv, rows, n, a->size);
+        return;
+    }
+    for (int r = 0; r < rows; r++)
+        c->ws->k->weighted_sum(out + (size_t)r * (size_t)a->size, (const float *)a->v + at, a->ldkv, scores + r * FEW_KEYS,
+                                seen_keys(c, r, k0, n), a->size);
+}
+
+/* `share` query heads from `head` on, all of one key/value head, and all queries. */
+static void few_queries(const call *c, int head, float *scratch)
+{
+    const attention *a = c->a;
+    const migi_kernels *k = c->ws->k;
+    int rows = a->queries * c->share;
+    size_t size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head, row_bytes = (size_t)c->share * size * sizeof(float);
+    float *scores = scratch, *q = scores + MAX_SHARE * FEW_QUERIES * FEW_KEYS, *out = q + (size_t)rows * size;
+    float *max = out + (size_t)rows * size, *sum = max + rows;
+    for (int i = 0; i < a->queries; i++)
+        memcpy(q + (size_t)(i * c->share) * size, a->q + (size_t)i * a->ldq + (size_t)head * size, row_bytes);
+    k->scale(q, rows * a->size, c->factor);
+    memset(out, 0, (size_t)rows * size * sizeof *out);
+    for (int r = 0; r < rows; r++) max[r] = -INFINITY, sum[r] = 0.f;
+    for (int k0 = 0; k0 < a->keys; k0 += FEW_KEYS) {
+        int n = min_int(FEW_KEYS, a->keys - k0);
+        few_scores(c, scores, q, kv, k0, rows, n);
+        for (int r = 0; r < rows; r++) {
+            int visible = seen_keys(c, r, k0, n);
+            float *row = scores + r * FEW_KEYS, down = visible ? fold(k, row, visible, &max[r], &sum[r]) : 1.f;
+            if (n > visible) memset(row + visible, 0, (size_t)(n - visible) * sizeof *row);
+            if (k0 && visible) k->scale(out + (size_t)r * size, a->size, down);
+        }
+        few_values(c, out, scores, kv, k0, rows, n);
+    }
+    for (int r = 0; r < rows; r++) k->scale(out + (size_t)r * size, a->size, 1.f / sum[r]);
+    for (int i = 0; i < a->queries; i++)
+        memcpy(a->out + (size_t)i * a->ldo + (size_t)head * size, out + (size_t)(i * c->share) * size, row_bytes);
+}
+
+static void few_queries_task(void *arg, int task, int worker)
+{
+    const call *c = arg;
+    few_queries(c, task * c->share, (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes));
+}
+
+/* The most query heads of one key/value head that a task may take and still leave one task for every thread. */
+static int shared_heads(const attention *a, int threads)
+{
+    int group = a->heads / a->kv_heads;
+    for (int share = min_int(group, MAX_SHARE); share > 1; share--)
+        if (group % share == 0 && a->heads / share >= threads) return share;
+    return 1;
+}
+
+/* ---- many queries */
+
+/* A worker's room: all floats but what is said. s: the padded head size. */
+typedef struct room {
+    float *scores, *q, *out, *keys, *values, *wide, *max, *sum; /* [Q][KEYS], [Q][s], [Q][s], panels, panels, [KEYS][s], [Q], [Q] */
+    uint16_t *p_half, *q_half, *wide_half;                      /* bf16 [Q][KEYS], [Q][s], [KEYS][s] */
+    size_t s;
+} room;
+
+static room make_room(const call *c, int worker)
+{
+    room r = {.s = padded_size(c->ws->k, c->a->size)};
+    r.scores = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
+    r.q = r.scores + Q_BLOCK * KEY_BLOCK;
+    r.out = r.q + Q_BLOCK * r.s;
+    r.keys = r.out + Q_BLOCK * r.s;
+    r.values = r.keys + KEY_BLOCK * r.s;
+    r.wide = r.values + KEY_BLOCK * r.s;
+    r.max = r.wide + KEY_BLOCK * r.s;
+    r.sum = r.max + Q_BLOCK;
+    r.p_half = (uint16_t *)(void *)(r.sum + Q_BLOCK);
+    r.q_half = r.p_half + Q_BLOCK * KEY_BLOCK;
+    r.wide_half = r.q_half + Q_BLOCK * r.s;
+    return r;
+}
+
 /* Rows [first, first + rows) of one head's keys or values as float: in place, or widened to `wide`. *ld: floats per row. */
 static const float *as_floats(const call *c, const void *side, size_t head_at, int first, int rows, float *wide, size_t *ld)
 {
@@ -56,51 +181,6 @@ static const float *as_floats(const call *c, const void *side, size_t head_at, i
     for (int i = 0; i < rows; i++)
         c->ws->k->widen_f16(wide + (size_t)i * *ld, (const uint16_t *)side + at + (size_t)i * a->ldkv, (size_t)a->size);
     return wide;
-}
-
-/* `share` query heads from `head` on, all of one key/value head, and one query. */
-static void few_queries(const call *c, int head, int query, float *scratch)
-{
-    const attention *a = c->a;
-    const migi_kernels *k = c->ws->k;
-    size_t size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head, ld;
-    float *scores = scratch, *q = scores + MAX_SHARE * FEW_KEYS, *wide = q + MAX_SHARE * size, max[MAX_SHARE], sum[MAX_SHARE];
-    float *out = a->out + (size_t)query * a->ldo + (size_t)head * size;
-    int keys = a->causal ? a->keys - a->queries + query + 1 : a->keys;
-    memcpy(q, a->q + (size_t)query * a->ldq + (size_t)head * size, (size_t)c->share * size * sizeof *q);
-    k->scale(q, c->share * a->size, c->factor);
-    memset(out, 0, (size_t)c->share * size * sizeof *out);
-    for (int h = 0; h < c->share; h++) max[h] = -INFINITY, sum[h] = 0.f;
-    for (int k0 = 0; k0 < keys; k0 += FEW_KEYS) {
-        int n = min_int(FEW_KEYS, keys - k0);
-        const float *side = as_floats(c, a->k, kv, k0, n, wide, &ld);
-        memset(scores, 0, (size_t)c->share * FEW_KEYS * sizeof *scores);
-        for (int h = 0; h < c->share; h++) {
-            k->gemv_f32(scores + h * FEW_KEYS, side, ld, q + (size_t)h * size, n, a->size);
-            float down = fold(k, scores + h * FEW_KEYS, n, &max[h], &sum[h]);
-            if (k0) k->scale(out + (size_t)h * size, a->size, down);
-        }
-        side = as_floats(c, a->v, kv, k0, n, wide, &ld);
-        for (int h = 0; h < c->share; h++)
-            k->weighted_sum(out + (size_t)h * size, side, ld, scores + h * FEW_KEYS, n, a->size);
-    }
-    for (int h = 0; h < c->share; h++) k->scale(out + (size_t)h * size, a->size, 1.f / sum[h]);
-}
-
-static void few_queries_task(void *arg, int task, int worker)
-{
-    const call *c = arg;
-    float *scratch = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
-    for (int i = 0; i < c->a->queries; i++) few_queries(c, task * c->share, i, scratch);
-}
-
-/* The most query heads of one key/value head that a task may take and still leave one task for every thread. */
-static int shared_heads(const attention *a, int threads)
-{
-    int group = a->heads / a->kv_heads;
-    for (int share = min_int(group, MAX_SHARE); share > 1; share--)
-        if (group % share == 0 && a->heads / share >= threads) return share;
-    return 1;
 }
 
 /* panel[key][nr] <- v[key, j..j + nr) for all columns, zero past the head */
@@ -116,17 +196,73 @@ static void pack_values(const migi_kernels *k, float *panels, const float *v, si
     }
 }
 
-/* Panels of keys and of values [first, first + n) of one head. */
-static void pack_sides(const call *c, size_t head_at, int first, int n, float *keys, float *values, float *wide)
+/* panel[key / 2][nr_bf16] <- pairs of v[key, j], v[key + 1, j]; zero past the head, and keys up to `padded` */
+static void pack_value_pairs(const migi_kernels *k, uint32_t *panels, const uint16_t *v, size_t ldv, int keys, int padded, int size)
+{
+    for (int j = 0; j < size; j += k->nr_bf16) {
+        int n = min_int(k->nr_bf16, size - j);
+        uint32_t *panel = panels + (size_t)j * (KEY_BLOCK / 2);
+        memset(panel, 0, (size_t)padded / 2 * (size_t)k->nr_bf16 * sizeof *panel);
+        for (int i = 0; i < keys; i += 2) {
+            uint32_t *to = panel + (size_t)(i / 2) * (size_t)k->nr_bf16;
+            const uint16_t *low = v + (size_t)i * ldv + j, *high = low + ldv;
+            if (i + 1 < keys)
+                for (int x = 0; x < n; x++) to[x] = low[x] | (uint32_t)high[x] << 16;
+            else
+                for (int x = 0; x < n; x++) to[x] = low[x];
+        }
+    }
+}
+
+/* scores[rows][KEY_BLOCK] = q k^T for the keys [first, first + n) of one head, through packed panels */
+static void block_scores(const call *c, const room *r, size_t kv, int first, int n, int rows)
 {
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
-    size_t s = padded_size(k, a->size), ld;
-    const float *side = as_floats(c, a->k, head_at, first, n, wide, &ld);
-    for (int j = 0; j < n; j += k->nr)
-        k->pack_f32(keys + (size_t)j * s, side + (size_t)j * ld, ld, min_int(k->nr, n - j), a->size);
-    side = as_floats(c, a->v, head_at, first, n, wide, &ld);
-    pack_values(k, values, side, ld, n, a->size);
+    size_t ld;
+    const float *side = as_floats(c, a->k, kv, first, n, r->wide, &ld);
+    memset(r->scores, 0, (size_t)rows * KEY_BLOCK * sizeof *r->scores);
+    if (!c->ws->bf16) {
+        for (int j = 0; j < n; j += k->nr) {
+            k->pack_f32(r->keys, side + (size_t)j * ld, ld, min_int(k->nr, n - j), a->size);
+            k->gemm_f32(r->scores + j, KEY_BLOCK, r->q, r->s, r->keys, rows, min_int(k->nr, n - j), a->size);
+        }
+        return;
+    }
+    int padded = (int)migi_padded((size_t)a->size);
+    for (int i = 0; i < n; i++) k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
+    for (int j = 0; j < n; j += k->nr_bf16) {
+        uint32_t *panel = (uint32_t *)(void *)r->keys;
+        k->pack_pairs(panel, r->wide_half + (size_t)j * r->s, r->s, min_int(k->nr_bf16, n - j), a->size, padded);
+        k->gemm_bf16(r->scores + j, KEY_BLOCK, r->q_half, r->s, panel, rows, min_int(k->nr_bf16, n - j), padded);
+    }
+}
+
+/* out[rows][s] += scores times the values of the keys [first, first + n) */
+static void block_values(const call *c, const room *r, size_t kv, int first, int n, int rows)
+{
+    const attention *a = c->a;
+    const migi_kernels *k = c->ws->k;
+    size_t ld;
+    const float *side = as_floats(c, a->v, kv, first, n, r->wide, &ld);
+    if (!c->ws->bf16) {
+        pack_values(k, r->values, side, ld, n, a->size);
+        for (int j = 0; j < a->size; j += k->nr)
+            k->gemm_f32(r->out + j, r->s, r->scores, KEY_BLOCK, r->values + (size_t)j * KEY_BLOCK, rows, min_int(k->nr, a->size - j), n);
+        return;
+    }
+    int padded = (int)migi_padded((size_t)n);
+    for (int i = 0; i < n; i++) k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
+    for (int i = 0; i < rows; i++) {
+        uint16_t *to = r->p_half + i * KEY_BLOCK;
+        k->round_bf16(to, r->scores + i * KEY_BLOCK, (size_t)n);
+        memset(to + n, 0, (size_t)(padded - n) * sizeof *to);
+    }
+    uint32_t *panels = (uint32_t *)(void *)r->values;
+    pack_value_pairs(k, panels, r->wide_half, r->s, n, padded, a->size);
+    for (int j = 0; j < a->size; j += k->nr_bf16)
+        k->gemm_bf16(r->out + j, r->s, r->p_half, KEY_BLOCK, panels + (size_t)j * (KEY_BLOCK / 2), rows,
+                     min_int(k->nr_bf16, a->size - j), padded);
 }
 
 static void query_block(void *arg, int task, int worker)
@@ -134,40 +270,36 @@ static void query_block(void *arg, int task, int worker)
     const call *c = arg;
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
-    float *scratch = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
+    room r = make_room(c, worker);
     int head = task / c->blocks, q0 = task % c->blocks * Q_BLOCK, rows = min_int(Q_BLOCK, a->queries - q0);
-    size_t s = padded_size(k, a->size), kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head;
-    float *scores = scratch, *q = scores + Q_BLOCK * KEY_BLOCK, *out = q + Q_BLOCK * s, *keys = out + Q_BLOCK * s,
-          *values = keys + KEY_BLOCK * s, *wide = values + KEY_BLOCK * s, *max = wide + KEY_BLOCK * s,
-          *sum = max + Q_BLOCK;
+    size_t s = r.s, size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head;
     int behind = a->keys - a->queries; /* keys before the first query */
     int visible = a->causal ? behind + q0 + rows : a->keys;
     for (int i = 0; i < rows; i++) {
-        memcpy(q + (size_t)i * s, a->q + (size_t)(q0 + i) * a->ldq + (size_t)head * (size_t)a->size, (size_t)a->size * sizeof *q);
-        k->scale(q + (size_t)i * s, a->size, c->factor);
-        max[i] = -INFINITY, sum[i] = 0.f;
+        memcpy(r.q + (size_t)i * s, a->q + (size_t)(q0 + i) * a->ldq + (size_t)head * size, size * sizeof *r.q);
+        k->scale(r.q + (size_t)i * s, a->size, c->factor);
+        r.max[i] = -INFINITY, r.sum[i] = 0.f;
+        if (!c->ws->bf16) continue;
+        k->round_bf16(r.q_half + (size_t)i * s, r.q + (size_t)i * s, size);
+        memset(r.q_half + (size_t)i * s + size, 0, (s - size) * sizeof *r.q_half);
     }
-    memset(out, 0, (size_t)rows * s * sizeof *out);
+    memset(r.out, 0, (size_t)rows * s * sizeof *r.out);
     for (int k0 = 0; k0 < visible; k0 += KEY_BLOCK) {
-        int n = min_int(KEY_BLOCK, visible - k0);
-        pack_sides(c, kv, k0, n, keys, values, wide);
-        memset(scores, 0, (size_t)rows * KEY_BLOCK * sizeof *scores);
-        for (int j = 0; j < n; j += k->nr)
-            k->gemm_f32(scores + j, KEY_BLOCK, q, s, keys + (size_t)j * s, rows, min_int(k->nr, n - j), a->size);
+        int n = min_int(KEY_BLOCK, visible - k0), whole = (n + WHOLE - 1) / WHOLE * WHOLE;
+        block_scores(c, &r, kv, k0, n, rows);
         for (int i = 0; i < rows; i++) {
-            float *row = scores + (size_t)i * KEY_BLOCK;
-            for (int j = a->causal ? behind + q0 + i + 1 - k0 : n; j < n; j++)
-                if (j >= 0) row[j] = -INFINITY;
-            float down = fold(k, row, n, &max[i], &sum[i]);
-            if (k0) k->scale(out + (size_t)i * s, a->size, down);
+            float *row = r.scores + (size_t)i * KEY_BLOCK;
+            int seen = a->causal ? behind + q0 + i + 1 - k0 : n;
+            for (int j = seen < 0 ? 0 : min_int(seen, n); j < whole; j++) row[j] = -INFINITY;
+            float down = fold(k, row, whole, &r.max[i], &r.sum[i]);
+            if (k0) k->scale(r.out + (size_t)i * s, a->size, down);
         }
-        for (int j = 0; j < a->size; j += k->nr)
-            k->gemm_f32(out + j, s, scores, KEY_BLOCK, values + (size_t)j * KEY_BLOCK, rows, min_int(k->nr, a->size - j), n);
+        block_values(c, &r, kv, k0, n, rows);
     }
     for (int i = 0; i < rows; i++) {
-        float *to = a->out + (size_t)(q0 + i) * a->ldo + (size_t)head * (size_t)a->size;
-        memcpy(to, out + (size_t)i * s, (size_t)a->size * sizeof *to);
-        k->scale(to, a->size, 1.f / sum[i]);
+        float *to = a->out + (size_t)(q0 + i) * a->ldo + (size_t)head * size;
+        memcpy(to, r.out + (size_t)i * s, size * sizeof *to);
+        k->scale(to, a->size, 1.f / r.sum[i]);
     }
 }
 

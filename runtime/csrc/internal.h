@@ -61,6 +61,17 @@ typedef struct linear {
     bool add; /* y holds a residual to add to */
 } linear;
 
+typedef struct norm { float *w, *b; } norm; /* b NULL for RMS norms */
+
+/* What is multiplied: rows of x, or those rows normed. */
+typedef struct rows_in {
+    const float *x; /* [T, K] */
+    size_t ldx;
+    const norm *norm; /* or NULL */
+    float eps;
+    float *room; /* [T, K] for normed rows that are multiplied as float; with a norm only */
+} rows_in;
+
 /* Where products run: threads, precision, buffers. One per session. */
 typedef struct workspace {
     migi_pool *pool;
@@ -78,10 +89,14 @@ typedef struct workspace {
 enum {
     MIGI_CHUNK = 512,         /* rows of activations a tower carries at a time, but for vision's q, k, v */
     MIGI_LINEARS = 3,         /* linear maps that may share one barrier */
+    MIGI_FEW_ROWS = 8,        /* up to here reading the weights costs more than the arithmetic; at least MIGI_VERIFY_ROWS */
 };
 
-/* Applies up to MIGI_LINEARS maps to the same x[T, K]. */
+/* Applies up to MIGI_LINEARS maps to the same x[T, K]. Up to MIGI_FEW_ROWS rows are computed each as if it were alone, to
+ * the bit. */
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows);
+/* The same for rows that may still need their norm; then `then(y, n)` over all outputs, NULL: nothing. */
+void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n));
 size_t migi_linear_scratch(void);
 /* n padded to what bf16 products, and what integer products read. */
 static inline size_t migi_padded(size_t n) { return (n + MIGI_K_STEP - 1) / MIGI_K_STEP * MIGI_K_STEP; }
@@ -134,8 +149,6 @@ migi_status migi_bind_blocks(matrix *m, const migi_tensor *w, const migi_tensor 
 
 /* ---- the model */
 
-typedef struct norm { float *w, *b; } norm; /* b NULL for RMS norms */
-
 typedef struct layer {
     norm before_attention, before_mlp;
     matrix q, k, v, o, gate, up, down;
@@ -173,7 +186,7 @@ struct migi_vision {
 struct migi_session {
     const migi_model *model;
     workspace ws;
-    int context, length;
+    int context, length, kept; /* kept: of the last sync's tokens, those that were there before */
     atomic_int cancelled;
     int (*poll)(void *);
     void *poll_arg;

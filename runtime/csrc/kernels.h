@@ -26,13 +26,22 @@ enum {
     MIGI_K_STEP = 32,  /* bf16 rows are padded with zeros to a multiple of this */
     MIGI_K_INT8 = 64,  /* quantized rows are padded with zeros to a multiple of this */
     MIGI_BLOCK = 16,   /* rows of a block of quantized weights */
+    MIGI_ALL_ROWS = 1 << 30,
 };
+
+/* int4 blocks as stored: block b of 16 rows starts at w + b * ldw, its factors at factors + b * ldf. */
+typedef struct migi_int4 {
+    const uint8_t *w, *factors;
+    size_t ldw, ldf;
+    int group; /* columns that share a factor: a multiple of 8 up to 128 */
+} migi_int4;
 
 typedef struct migi_kernels {
     const char *isa;
     int nr;        /* columns of an f32 panel */
     int bf16_dots; /* 1: gemm_bf16 is faster than gemm_f32 on this instruction set */
     int nr_bf16;   /* columns of a bf16 panel */
+    int i4_rows;   /* more rows than this are multiplied faster by expand_i4 and gemm_i8 than by gemm_i4 */
 
     /* panel <- rows w[0..rows) x k, rows <= nr */
     void (*pack_f32)(float *panel, const float *w, size_t ldw, int rows, int k);
@@ -60,14 +69,20 @@ typedef struct migi_kernels {
     void (*gemm_i8)(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
     /* one int8 block <- one int4 block of k columns, k a multiple of group, group a multiple of 8 */
     void (*expand_i4)(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
-    /* c[n] += a[k] w[n, k]^T from consecutive int4 blocks and their factors; n a multiple of 16 */
-    void (*gemv_i4)(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k);
+    /* c[m, n] += a[m, k] w[n, k]^T from int4 blocks as stored; n a multiple of 16, k of the group and of 8 */
+    void (*gemm_i4)(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k);
     /* y[n] += c[n] * (scale * scales[n]) */
     void (*add_scaled)(float *y, const int32_t *c, float scale, const float *scales, int n);
+    /* y[n] = c[n] * (scale * scales[n]) + bias[n]; bias may be NULL */
+    void (*put_scaled)(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);
     /* dst <- src as IEEE half, ties to even; and back */
     void (*narrow_f16)(uint16_t *dst, const float *src, size_t n);
     void (*widen_f16)(float *dst, const uint16_t *src, size_t n);
 
+    /* y[m, n] = x[m, k] w[n, k]^T of halves. One value's sum is the same whatever the rows beside it. */
+    void (*dots_f16)(float *y, size_t ldy, const float *x, const uint16_t *w, size_t ldw, int m, int n, int k);
+    /* y[m, n] += p[m, rows] v[rows, n] of halves; row by row as well */
+    void (*weighted_f16)(float *y, const float *p, size_t ldp, const uint16_t *v, size_t ldv, int m, int rows, int n);
     /* y[n] += sum over rows of p[row] * v[row, n] */
     void (*weighted_sum)(float *y, const float *v, size_t ldv, const float *p, int rows, int n);
 
@@ -99,14 +114,20 @@ const migi_kernels *migi_kernels_best(void);
 float migi_scalar_quantize_i8(int8_t *q, const float *x, int k, int k_padded);
 void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
 void migi_scalar_expand_i4(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
-void migi_scalar_gemv_i4(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k);
+void migi_scalar_gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k);
 void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, int n);
+void migi_scalar_put_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);
 void migi_scalar_narrow_f16(uint16_t *dst, const float *src, size_t n);
 void migi_scalar_widen_f16(float *dst, const uint16_t *src, size_t n);
-#define MIGI_SCALAR_INT_SLOTS                                                                                          \
-    .quantize_i8 = migi_scalar_quantize_i8, .gemm_i8 = migi_scalar_gemm_i8, .expand_i4 = migi_scalar_expand_i4,         \
-    .gemv_i4 = migi_scalar_gemv_i4, .add_scaled = migi_scalar_add_scaled, .narrow_f16 = migi_scalar_narrow_f16,         \
-    .widen_f16 = migi_scalar_widen_f16
+void migi_scalar_dots_f16(float *y, size_t ldy, const float *x, const uint16_t *w, size_t ldw, int m, int n, int k);
+void migi_scalar_weighted_f16(float *y, const float *p, size_t ldp, const uint16_t *v, size_t ldv, int m, int rows, int n);
+#define MIGI_SCALAR_HALF_SLOTS                                                                                        \
+    .narrow_f16 = migi_scalar_narrow_f16, .widen_f16 = migi_scalar_widen_f16, .dots_f16 = migi_scalar_dots_f16,       \
+    .weighted_f16 = migi_scalar_weighted_f16
+#define MIGI_SCALAR_INT_SLOTS                                                                                         \
+    .quantize_i8 = migi_scalar_quantize_i8, .gemm_i8 = migi_scalar_gemm_i8, .expand_i4 = migi_scalar_expand_i4,       \
+    .gemm_i4 = migi_scalar_gemm_i4, .i4_rows = 8, .add_scaled = migi_scalar_add_scaled,                               \
+    .put_scaled = migi_scalar_put_scaled
 
 extern const migi_kernels migi_kernels_scalar;
 extern const migi_kernels migi_kernels_avx512vnni_emulated, migi_kernels_amx_emulated;

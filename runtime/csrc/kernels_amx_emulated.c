@@ -9,4 +9,4 @@
 #include "amx_gemm.inc"
 
 const migi_kernels migi_kernels_amx_emulated = {.isa = "amx-emulated", SIMD_F32_SLOTS, AMX_SLOTS,
-    .narrow_f16 = migi_scalar_narrow_f16, .widen_f16 = migi_scalar_widen_f16};
+    MIGI_SCALAR_HALF_SLOTS};

@@ -8,4 +8,4 @@
 
 const migi_kernels migi_kernels_avx512vnni_emulated = {
     .isa = "avx512vnni-emulated", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, VNNI_SLOTS,
-    .narrow_f16 = migi_scalar_narrow_f16, .widen_f16 = migi_scalar_widen_f16};
+    MIGI_SCALAR_HALF_SLOTS};

@@ -1,6 +1,6 @@
 /* kernels_neon.c - aarch64 NEON: 8 x 8 f32 tile, 16 sums + 2 panel vectors + broadcasts in 32 registers.
  *
- *     gemm_i8   c[m, n] += a[m, k] w[n, k]^T      gemv_i4   c[n] += a[k] ((u - 8) * factor)[n, k]^T
+ *     gemm_i8   c[m, n] += a[m, k] w[n, k]^T      gemm_i4   c[m, n] += a[m, k] ((u - 8) * factor)[n, k]^T
  *
  * int8 block, 64 bytes for four k: a register holds four rows' quads, smull takes two rows at once:
  *     lanes:  w[r, 4j .. 4j + 3]  w[r + 1, 4j .. 4j + 3]   as int16, times a[4j .. 4j + 3] twice
@@ -86,10 +86,10 @@ INLINE void i4_group(int32_t *c, const int8_t *a, int16x4_t offset, const uint8_
     }
 }
 
-static void gemv_i4(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k)
+static void row_i4(int32_t *c, const int8_t *a, const migi_int4 *w, int n, int k)
 {
     int16_t offset[SLAB / 8][4];
-    int slab = SLAB / group * group;
+    int group = w->group, slab = SLAB / group * group;
     for (int from = 0; from < k; from += slab) {
         int to = k - from < slab ? k : from + slab;
         for (int l = from; l < to; l += group) {
@@ -100,12 +100,17 @@ static void gemv_i4(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t
         for (int j = 0; j < n; j += MIGI_BLOCK)
             for (int l = from; l < to; l += group)
                 i4_group(c + j, a + l, vld1_s16(offset[(l - from) / group]),
-                         w + (size_t)(k / 2) * (size_t)j + (size_t)(l / 2) * MIGI_BLOCK,
-                         factors + (size_t)(k / group) * (size_t)j + (size_t)(l / group) * MIGI_BLOCK, group);
+                         w->w + (size_t)(j / MIGI_BLOCK) * w->ldw + (size_t)(l / 2) * MIGI_BLOCK,
+                         w->factors + (size_t)(j / MIGI_BLOCK) * w->ldf + (size_t)(l / group) * MIGI_BLOCK, group);
     }
 }
 
-const migi_kernels migi_kernels_neon = {.isa = "neon", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, .gemm_i8 = gemm_i8, .gemv_i4 = gemv_i4,
+static void gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k)
+{
+    for (int i = 0; i < m; i++) row_i4(c + i * ldc, a + i * lda, w, n, k);
+}
+
+const migi_kernels migi_kernels_neon = {.isa = "neon", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, .gemm_i8 = gemm_i8, .gemm_i4 = gemm_i4, .i4_rows = 2,
                                         HALF_SLOTS};
 #else
 typedef int migi_no_neon;

@@ -9,7 +9,7 @@
 #include "int8_sdot.inc"
 
 const migi_kernels migi_kernels_neon_dotprod = {.isa = "neon-dotprod", SIMD_F32_SLOTS, SIMD_BF16_SLOTS,
-                                                .gemm_i8 = sdot_gemm_i8, .gemv_i4 = sdot_gemv_i4, HALF_SLOTS};
+                                                .gemm_i8 = sdot_gemm_i8, .gemm_i4 = sdot_gemm_i4, .i4_rows = 8, HALF_SLOTS};
 #else
 typedef int migi_no_neon_dotprod;
 #endif

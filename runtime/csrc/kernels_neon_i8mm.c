@@ -63,7 +63,7 @@ static void gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const i
 }
 
 const migi_kernels migi_kernels_neon_i8mm = {.isa = "neon-i8mm", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, .gemm_i8 = gemm_i8,
-                                             .gemv_i4 = sdot_gemv_i4, HALF_SLOTS};
+                                             .gemm_i4 = sdot_gemm_i4, .i4_rows = 8, HALF_SLOTS};
 #else
 typedef int migi_no_neon_i8mm;
 #endif

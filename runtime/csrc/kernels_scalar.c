@@ -175,21 +175,27 @@ void migi_scalar_expand_i4(int8_t *to, const uint8_t *w, const uint8_t *factors,
         }
 }
 
-void migi_scalar_gemv_i4(int32_t *c, const int8_t *a, const uint8_t *w, const uint8_t *factors, int group, int n, int k)
+void migi_scalar_gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k)
 {
-    for (int j = 0; j < n; j++) {
-        int b = j / MIGI_BLOCK, r = j % MIGI_BLOCK;
-        const uint8_t *block = w + (size_t)b * (size_t)(k / 2) * MIGI_BLOCK, *factor = factors + (size_t)b * (size_t)(k / group) * MIGI_BLOCK;
-        for (int l = 0; l < k; l++) {
-            int pair = block[(l / 8 * MIGI_BLOCK + r) * 4 + l % 4], u = l % 8 < 4 ? pair & 15 : pair >> 4;
-            c[j] += a[l] * (u - 8) * factor[l / group * MIGI_BLOCK + r];
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            size_t b = (size_t)(j / MIGI_BLOCK), r = (size_t)(j % MIGI_BLOCK);
+            const uint8_t *block = w->w + b * w->ldw, *factor = w->factors + b * w->ldf;
+            for (int l = 0; l < k; l++) {
+                int pair = block[(size_t)(l / 8 * MIGI_BLOCK * 4 + l % 4) + 4 * r], u = l % 8 < 4 ? pair & 15 : pair >> 4;
+                c[i * ldc + j] += a[i * lda + l] * (u - 8) * factor[(size_t)(l / w->group * MIGI_BLOCK) + r];
+            }
         }
-    }
 }
 
 void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, int n)
 {
     for (int j = 0; j < n; j++) y[j] += (float)c[j] * (scale * scales[j]);
+}
+
+void migi_scalar_put_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n)
+{
+    for (int j = 0; j < n; j++) y[j] = (float)c[j] * (scale * scales[j]) + (bias ? bias[j] : 0.f);
 }
 
 void migi_scalar_narrow_f16(uint16_t *dst, const float *src, size_t n)
@@ -202,11 +208,28 @@ void migi_scalar_widen_f16(float *dst, const uint16_t *src, size_t n)
     for (size_t i = 0; i < n; i++) dst[i] = migi_f16_to_f32(src[i]);
 }
 
+void migi_scalar_dots_f16(float *y, size_t ldy, const float *x, const uint16_t *w, size_t ldw, int m, int n, int k)
+{
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            float sum = 0.f;
+            for (int l = 0; l < k; l++) sum += x[i * k + l] * migi_f16_to_f32(w[(size_t)j * ldw + (size_t)l]);
+            y[(size_t)i * ldy + (size_t)j] = sum;
+        }
+}
+
+void migi_scalar_weighted_f16(float *y, const float *p, size_t ldp, const uint16_t *v, size_t ldv, int m, int rows, int n)
+{
+    for (int i = 0; i < m; i++)
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < n; j++) y[i * n + j] += p[(size_t)i * ldp + (size_t)r] * migi_f16_to_f32(v[(size_t)r * ldv + (size_t)j]);
+}
+
 const migi_kernels migi_kernels_scalar = {
     .isa = "scalar", .nr = NR, .bf16_dots = 0, .nr_bf16 = NR,
     .pack_f32 = pack_f32, .pack_bf16 = pack_bf16, .gemm_f32 = gemm_f32,
     .round_bf16 = round_bf16, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_bf16,
     .gemv_f32 = gemv_f32, .gemv_bf16 = gemv_bf16, .weighted_sum = weighted_sum,
     .rms_norm = rms_norm, .layer_norm = layer_norm, .silu_mul = silu_mul, .quick_gelu = quick_gelu, .gelu = gelu,
-    .rope = rope, .exp_sum = exp_sum, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS,
+    .rope = rope, .exp_sum = exp_sum, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS, MIGI_SCALAR_HALF_SLOTS,
 };

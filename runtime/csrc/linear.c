@@ -6,9 +6,10 @@
  * costs 1 / rows of the products.
  *
  * Quantized weights are multiplied as integers: rows of x become int8 once for all maps that share them, sums are int32
- * and exact, so they depend on no blocking, thread or instruction set. int8 blocks are read in place; int4 blocks are
- * read in place by few rows and widened to int8, WIDE_BLOCK columns at a time, for many. A session that keeps
- * activations float turns the weights to float panels instead.
+ * and exact, so they depend on no blocking, thread or instruction set. int8 blocks are read in place; so are int4 blocks by
+ * up to as many rows as the table says (i4_rows), beyond which they are expanded to int8, K_BLOCK_INT columns at a time. A
+ * norm before the map, bias, scales and activation function work on rows and blocks that are in the cache anyway. A session
+ * that keeps activations float turns the weights to float panels instead.
  */
 #include "internal.h"
 
@@ -17,21 +18,25 @@
 #include <string.h>
 
 enum {
-    FEW_ROWS = 4,      /* up to here reading the weights costs more than the arithmetic */
+    FEW_ROWS = MIGI_FEW_ROWS,
+    GEMV_ROWS = 4,     /* of weights, which the vector kernels take together */
     N_BLOCK = 64,      /* output columns of a task; a multiple of every table's nr */
     K_BLOCK_F32 = 256, /* 16 columns x 256 x 4 bytes = 16 KB: half an L1 */
     K_BLOCK_BF16 = 1024,
     M_BLOCK = 192, /* rows x K_BLOCK_F32 x 4 bytes = 196 KB: under an L2 */
-    K_BLOCK_INT = 2048, /* 64 columns x 2048 bytes = 128 KB, and as much for M_BLOCK_INT rows of x */
-    M_BLOCK_INT = 64,
+    K_BLOCK_INT = 2048, /* 64 columns x 2048 bytes = 128 KB */
+    M_BLOCK_INT = 192,
+    WIDE_TASK = 1 << 16, /* with few rows, bytes of weights that make a task */
 };
 
 typedef struct call {
     workspace *ws;
     const linear *jobs;
     int first[MIGI_LINEARS + 1]; /* first task of each map */
-    const float *x;
+    const rows_in *in;
+    const float *x; /* what float products read */
     size_t ldx;
+    void (*then)(float *y, int n);
     int rows, block; /* rows of x; columns per task */
     size_t ld_rounded, ld_quantized; /* 0: x is not rounded, not quantized */
 } call;
@@ -62,10 +67,10 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
 {
     size_t kp = migi_padded_int8((size_t)w->cols), first = (size_t)n0 / MIGI_BLOCK, line = kp * MIGI_BLOCK;
     size_t groups = w->group ? kp / (size_t)w->group * MIGI_BLOCK : 0;
-    if (w->dtype == MIGI_U8 && rows <= FEW_ROWS) {
-        for (int r = 0; r < rows; r++)
-            k->gemv_i4(sums + (size_t)r * ld, a + (size_t)r * kp, (const uint8_t *)w->data + first * line / 2,
-                       w->factors + first * groups, w->group, n, (int)kp);
+    if (w->dtype == MIGI_U8 && rows <= k->i4_rows) {
+        migi_int4 from = {(const uint8_t *)w->data + first * line / 2, w->factors + first * groups, line / 2, groups, w->group};
+        for (int r = 0; r < rows; r += M_BLOCK_INT)
+            k->gemm_i4(sums + (size_t)r * ld, ld, a + (size_t)r * kp, kp, &from, min_int(M_BLOCK_INT, rows - r), n, (int)kp);
         return;
     }
     int step = block_depth(w);
@@ -87,18 +92,48 @@ static void integer_columns(const call *c, const linear *job, int n0, int n, cha
     int whole = (n + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
     memset(sums, 0, (size_t)c->rows * N_BLOCK * sizeof *sums);
     sum_columns(c->ws->k, job->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
-    for (int r = 0; r < c->rows; r++)
-        c->ws->k->add_scaled(job->y + (size_t)r * job->ldy + n0, sums + (size_t)r * N_BLOCK, c->ws->row_scales[r],
-                             job->w->scales + n0, n);
+    const float *scales = job->w->scales + n0;
+    for (int r = 0; r < c->rows; r++) {
+        float *y = job->y + (size_t)r * job->ldy + n0;
+        const int32_t *sum = sums + (size_t)r * N_BLOCK;
+        if (job->add)
+            c->ws->k->add_scaled(y, sum, c->ws->row_scales[r], scales, n);
+        else
+            c->ws->k->put_scaled(y, sum, c->ws->row_scales[r], scales, job->bias ? job->bias + n0 : NULL, n);
+        if (c->then) c->then(y, n);
+    }
+}
+
+static void norm_row(const call *c, int row, float *to)
+{
+    const rows_in *in = c->in;
+    const float *x = in->x + (size_t)row * in->ldx;
+    int n = c->jobs[0].w->cols;
+    if (in->norm->b)
+        c->ws->k->layer_norm(to, x, in->norm->w, in->norm->b, n, in->eps);
+    else
+        c->ws->k->rms_norm(to, x, in->norm->w, n, in->eps);
+}
+
+static void norm_to_room(void *arg, int row, int worker)
+{
+    const call *c = arg;
+    (void)worker;
+    norm_row(c, row, c->in->room + (size_t)row * (size_t)c->jobs[0].w->cols);
 }
 
 static void quantize_row(void *arg, int row, int worker)
 {
     const call *c = arg;
     const workspace *ws = c->ws;
-    (void)worker;
-    ws->row_scales[row] = ws->k->quantize_i8(ws->quantized + (size_t)row * c->ld_quantized, c->x + (size_t)row * c->ldx,
-                                             c->jobs[0].w->cols, (int)c->ld_quantized);
+    int cols = c->jobs[0].w->cols;
+    const float *x = c->x ? c->x + (size_t)row * c->ldx : NULL;
+    if (!x) { /* normed on the way, through a row that stays in the cache */
+        float *normed = (float *)(void *)(ws->scratch + (size_t)worker * ws->scratch_bytes);
+        norm_row(c, row, normed);
+        x = normed;
+    }
+    ws->row_scales[row] = ws->k->quantize_i8(ws->quantized + (size_t)row * c->ld_quantized, x, cols, (int)c->ld_quantized);
 }
 
 /* ---- quantized weights as float */
@@ -147,14 +182,18 @@ static void few_rows(const call *c, const linear *job, int n0, int n)
 {
     const migi_kernels *k = c->ws->k;
     const matrix *w = job->w;
-    for (int r = 0; r < c->rows; r++) {
-        float *y = job->y + (size_t)r * job->ldy + n0;
-        const float *x = c->x + (size_t)r * c->ldx;
-        if (w->dtype == MIGI_BF16)
-            k->gemv_bf16(y, (const uint16_t *)w->data + (size_t)n0 * (size_t)w->cols, (size_t)w->cols, x, n, w->cols);
-        else
-            k->gemv_f32(y, (const float *)w->data + (size_t)n0 * (size_t)w->cols, (size_t)w->cols, x, n, w->cols);
-    }
+    size_t ldw = (size_t)w->cols;
+    int step = c->rows > 1 ? GEMV_ROWS : n; /* weights come from memory once, from a cache for every further row of x */
+    for (int j = 0; j < n; j += step)
+        for (int r = 0; r < c->rows; r++) {
+            float *y = job->y + (size_t)r * job->ldy + n0 + j;
+            const float *x = c->x + (size_t)r * c->ldx;
+            size_t at = (size_t)(n0 + j) * ldw;
+            if (w->dtype == MIGI_BF16)
+                k->gemv_bf16(y, (const uint16_t *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
+            else
+                k->gemv_f32(y, (const float *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
+        }
 }
 
 static void many_rows_f32(const call *c, const linear *job, int n0, int n, float *panels)
@@ -198,7 +237,8 @@ static void columns(void *arg, int task, int worker)
     while (task >= c->first[which + 1]) which++;
     const linear *job = &c->jobs[which];
     int n0 = (task - c->first[which]) * c->block, n = min_int(c->block, job->w->rows - n0);
-    for (int r = 0; r < c->rows && !(job->add && !job->bias); r++) {
+    bool integers = c->ld_quantized && is_quantized(job->w);
+    for (int r = 0; r < c->rows && (job->add ? job->bias != NULL : !integers); r++) {
         float *y = job->y + (size_t)r * job->ldy + n0;
         if (job->add)
             for (int j = 0; j < n; j++) y[j] += job->bias[n0 + j];
@@ -208,9 +248,11 @@ static void columns(void *arg, int task, int worker)
             memset(y, 0, (size_t)n * sizeof *y);
     }
     void *panels = c->ws->scratch + (size_t)worker * c->ws->scratch_bytes;
-    if (c->ld_quantized && is_quantized(job->w))
+    if (integers) {
         integer_columns(c, job, n0, n, panels);
-    else if (c->rows <= FEW_ROWS && is_quantized(job->w))
+        return;
+    }
+    if (c->rows <= FEW_ROWS && is_quantized(job->w))
         few_rows_widened(c, job, n0, n, panels);
     else if (c->rows <= FEW_ROWS)
         few_rows(c, job, n0, n);
@@ -218,6 +260,7 @@ static void columns(void *arg, int task, int worker)
         many_rows_bf16(c, job, n0, n, panels);
     else
         many_rows_f32(c, job, n0, n, panels);
+    for (int r = 0; r < c->rows && c->then; r++) c->then(job->y + (size_t)r * job->ldy + n0, n);
 }
 
 static void round_row(void *arg, int row, int worker)
@@ -230,28 +273,51 @@ static void round_row(void *arg, int row, int worker)
     memset(to + k, 0, (c->ld_rounded - k) * sizeof *to);
 }
 
-void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows)
+/* Columns of a task: with few rows as many as are WIDE_TASK bytes of weights, so that no thread waits long for the last. */
+static int task_columns(const linear *jobs, int rows)
 {
-    call c = {.ws = ws, .jobs = jobs, .x = x, .ldx = ldx, .rows = rows, .block = N_BLOCK};
-    bool any_bf16 = false, any_quantized = false;
+    const matrix *w = jobs[0].w;
+    size_t row_bytes = (size_t)w->cols * (w->dtype == MIGI_F32 ? 8 : w->dtype == MIGI_BF16 ? 4 : w->dtype == MIGI_I8 ? 2 : 1) / 2;
+    int n = N_BLOCK;
+    while (rows <= FEW_ROWS && n > MIGI_BLOCK && row_bytes * (size_t)n > WIDE_TASK) n /= 2;
+    return n;
+}
+
+void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n))
+{
+    call c = {.ws = ws, .jobs = jobs, .in = in, .rows = rows, .block = task_columns(jobs, rows), .then = then};
+    bool any_bf16 = false, any_integers = false, any_floats = false;
     for (int i = 0; i < count; i++) {
+        bool integers = ws->integers && is_quantized(jobs[i].w);
         c.first[i + 1] = c.first[i] + (jobs[i].w->rows + c.block - 1) / c.block;
         any_bf16 |= jobs[i].w->dtype == MIGI_BF16;
-        any_quantized |= is_quantized(jobs[i].w);
+        any_integers |= integers;
+        any_floats |= !integers;
     }
     size_t cols = (size_t)jobs[0].w->cols;
     assert(rows <= MIGI_CHUNK);
+    if (!in->norm)
+        c.x = in->x, c.ldx = in->ldx;
+    else if (any_floats || cols * sizeof(float) > ws->scratch_bytes) {
+        migi_pool_run(ws->pool, norm_to_room, &c, rows);
+        c.x = in->room, c.ldx = cols;
+    }
     if (rows > FEW_ROWS && ws->bf16 && any_bf16) {
         c.ld_rounded = migi_padded(cols);
         assert(c.ld_rounded * (size_t)rows <= ws->rounded_len);
         migi_pool_run(ws->pool, round_row, &c, rows);
     }
-    if (ws->integers && any_quantized) {
+    if (any_integers) {
         c.ld_quantized = migi_padded_int8(cols);
         assert(c.ld_quantized * (size_t)rows <= ws->quantized_len);
         migi_pool_run(ws->pool, quantize_row, &c, rows);
     }
     migi_pool_run(ws->pool, columns, &c, c.first[count]);
+}
+
+void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows)
+{
+    migi_linears_of(ws, jobs, count, &(rows_in){.x = x, .ldx = ldx}, rows, NULL);
 }
 
 /* ---- the integer path alone */

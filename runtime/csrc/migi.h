@@ -138,7 +138,8 @@ MIGI_API int32_t migi_vision_tokens(const migi_vision *vision);
 MIGI_API const float *migi_vision_embeddings(const migi_vision *vision); /* f32[tokens, hidden]; BORROWED from vision */
 
 /* Makes the timeline hold exactly `tokens`, in which runs of image_token stand for the pictures in order. The common
- * prefix with what the session holds is kept, the rest is computed; logits of the last token are ready after it.
+ * prefix with what the session holds is kept but for its last few tokens, the rest is computed; logits of the last token
+ * are ready after it. A picture is the same only if it is the same migi_vision.
  * tokens and visions are COPIED or used within the call. */
 MIGI_API migi_status migi_session_sync(migi_session *session, const int32_t *tokens, int32_t count,
                                        const migi_vision *const *visions, int32_t pictures, migi_error *err);
@@ -148,14 +149,26 @@ MIGI_API migi_status migi_session_sync(migi_session *session, const int32_t *tok
 MIGI_API migi_status migi_session_append(migi_session *session, const int32_t *tokens, int32_t count, float *logprobs,
                                          migi_error *err);
 
+/* Makes room for `context` tokens; the timeline stays. On failure the session is as it was. */
+MIGI_API migi_status migi_session_grow(migi_session *session, int32_t context, migi_error *err);
+
 /* f32[vocab] after the last token; BORROWED until the next call on the session. NULL before the first sync. */
 MIGI_API const float *migi_session_logits(const migi_session *session);
 MIGI_API int32_t migi_session_length(const migi_session *session); /* tokens on the timeline */
+MIGI_API int32_t migi_session_kept(const migi_session *session);   /* tokens that the last sync did not compute again */
 
 /* The most probable next token after the repetition penalty (1: none), which divides positive and multiplies negative
  * logits of every token already on the timeline. *logprob is the natural log of its probability WITHOUT the penalty. */
 MIGI_API migi_status migi_session_greedy(migi_session *session, float repetition_penalty, int32_t *token, float *logprob,
                                          migi_error *err);
+
+/* Decodes with drafts: tokens[0] is the next token, what follows it guesses, count at most MIGI_VERIFY_ROWS. All go
+ * through the model in one pass; tokens[0] stays on the timeline, and each guess for as long as it is the choice after the
+ * tokens before it, *kept in all. choices[i] and logprobs[i], i < *kept: what migi_session_greedy says after tokens[i], to
+ * the bit, had they been appended one by one. choices[*kept - 1] is the next token, not yet on the timeline. */
+enum { MIGI_VERIFY_ROWS = 8 };
+MIGI_API migi_status migi_session_verify(migi_session *session, const int32_t *tokens, int32_t count, float repetition_penalty,
+                                         int32_t *kept, int32_t *choices, float *logprobs, migi_error *err);
 
 /* Pure functions, for tests and for callers with their own pipeline.
  * patches: f32[(height / patch) * (width / patch), channels * temporal * patch * patch], in merge-block order.
@@ -170,6 +183,14 @@ MIGI_API migi_status migi_positions(const migi_config *config, const int32_t *to
  * sums: i32[rows, Np], exact; scales: f32[rows]. A row that holds NaN or infinity has the scale NaN. */
 MIGI_API migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const migi_tensor *factors, const float *x,
                                        int32_t rows, int32_t k, int32_t *sums, float *scales, migi_error *err);
+
+/* What this machine does at most with the pool's threads and kernels, each per second: bytes read from memory, operations
+ * of float, int8 and bf16 products (a product and its addition are two). bf16_ops is 0 where bf16 is multiplied as float.
+ * Takes about 7 * `seconds` and 256 MB. For reports; nothing in the engine asks. */
+typedef struct migi_ceilings {
+    double read_bytes, f32_ops, int8_ops, bf16_ops;
+} migi_ceilings;
+MIGI_API migi_status migi_measure_ceilings(migi_pool *pool, double seconds, migi_ceilings *out, migi_error *err);
 
 #ifdef __cplusplus
 }

@@ -1,11 +1,18 @@
-/* session.c - the language model on one timeline: prefix reuse, prefill in chunks, one token at a time. */
+/* session.c - the language model on one timeline: prefix reuse, prefill in chunks, then few rows at a time.
+ *
+ * Two ways of computing a row must give the same bits, or an answer would depend on what was asked before it:
+ *   decode   1 to MIGI_VERIFY_ROWS rows take the few-row paths of linear.c and attention.c, where each row is computed
+ *            as if it were alone: drafts verified together equal tokens taken one by one.
+ *   prefill  a chunk always has more rows than that (but for prompts that are shorter), so its rows take the many-row
+ *            paths whatever the chunk starts at: a prompt on a kept prefix equals the same prompt cold.
+ */
 #include "internal.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEFAULT_CONTEXT = 4096, MAX_CONTEXT = 1 << 20, LOGIT_ROWS = 16 };
+enum { DEFAULT_CONTEXT = 4096, MAX_CONTEXT = 1 << 20, LOGIT_ROWS = 16, SUM_BLOCK = 1024, BEST_BLOCK = 256 };
 
 typedef struct sizes {
     size_t context, chunk, hidden, q, kv, half, mlp, vocab, cache, rounded, scratch; /* cache: bytes, rounded: elements */
@@ -46,6 +53,13 @@ int64_t migi_session_bytes(const migi_model *model, const migi_pool *pool, const
     return (int64_t)bytes;
 }
 
+/* Untouched pages of a large allocation cost nothing: a roomy cache takes memory as the timeline fills it. */
+static void *alloc_untouched(size_t count, size_t size)
+{
+    if (count > (SIZE_MAX - 64) / size) return NULL;
+    return aligned_alloc(64, (count * size + 63) / 64 * 64);
+}
+
 migi_status migi_session_new(migi_session **out, const migi_model *model, migi_pool *pool, const migi_session_options *options,
                              migi_error *err)
 {
@@ -71,7 +85,7 @@ migi_status migi_session_new(migi_session **out, const migi_model *model, migi_p
     s->ws.row_scales = migi_alloc(s->ws.integers ? z.chunk : 0, sizeof *s->ws.row_scales);
     s->ws.rounded = migi_alloc(s->ws.rounded_len, sizeof *s->ws.rounded);
     s->ws.scratch = migi_alloc(z.scratch, (size_t)migi_pool_threads(pool));
-    s->cache = migi_alloc(z.cache, z.context);
+    s->cache = alloc_untouched(z.context, z.cache);
     s->tokens = migi_alloc(z.context, sizeof *s->tokens);
     s->pictures = migi_alloc(z.context, sizeof *s->pictures);
     s->positions = migi_alloc(3 * z.context, sizeof *s->positions);
@@ -106,6 +120,7 @@ void migi_session_free(migi_session *s)
 
 void migi_session_cancel(migi_session *s) { atomic_store(&s->cancelled, 1); }
 int32_t migi_session_length(const migi_session *s) { return s->length; }
+int32_t migi_session_kept(const migi_session *s) { return s->kept; }
 const float *migi_session_logits(const migi_session *s) { return s->logits_ready ? s->logits : NULL; }
 
 migi_status migi_session_checkpoint(migi_session *s, migi_error *err)
@@ -229,13 +244,17 @@ static migi_status project(migi_session *s, int row, int count, migi_error *err)
 {
     const migi_model *m = s->model;
     const migi_config *c = &m->c;
-    for (int i = 0; i < count; i++)
-        s->ws.k->rms_norm(s->h + (size_t)i * (size_t)c->hidden, s->x + (size_t)(row + i) * (size_t)c->hidden, m->final.w, c->hidden,
+    for (int r = 0; r < count; r++)
+        s->ws.k->rms_norm(s->h + (size_t)r * (size_t)c->hidden, s->x + (size_t)(row + r) * (size_t)c->hidden, m->final.w, c->hidden,
                           c->rms_eps);
     migi_linears(&s->ws, &(linear){&m->head, NULL, s->logits, (size_t)c->vocab, false}, 1, s->h, (size_t)c->hidden, count);
-    float sum = 0.f;
-    for (size_t i = 0; i < (size_t)count * (size_t)c->vocab; i++) sum += s->logits[i] * 0.f;
-    if (sum == 0.f) return MIGI_OK;
+    float sums[16] = {0}; /* side by side, so that the compiler may use vectors */
+    size_t n = (size_t)count * (size_t)c->vocab, i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += s->logits[i + (size_t)j] * 0.f;
+    for (; i < n; i++) sums[0] += s->logits[i] * 0.f;
+    for (int j = 1; j < 16; j++) sums[0] += sums[j];
+    if (sums[0] == 0.f) return MIGI_OK;
     return migi_fail(err, MIGI_E_NUMERIC, "the logits are not finite: the model's weights are damaged; take the checkpoint anew");
 }
 
@@ -252,13 +271,36 @@ static void embed_text(migi_session *s, int row, int32_t token)
         for (size_t i = 0; i < n; i++) to[i] = migi_bf16_to_f32(((const uint16_t *)e->data)[at + i]);
 }
 
-static double log_sum_exp(const float *logits, int n)
+static double log_sum_exp(const migi_kernels *k, const float *logits, int n)
 {
-    float max = -INFINITY;
+    float max = k->max(logits, n), part[SUM_BLOCK];
     double sum = 0;
-    for (int i = 0; i < n; i++) max = logits[i] > max ? logits[i] : max;
-    for (int i = 0; i < n; i++) sum += exp((double)(logits[i] - max));
+    for (int i = 0; i < n; i += SUM_BLOCK) {
+        int m = min_int(SUM_BLOCK, n - i);
+        memcpy(part, logits + i, (size_t)m * sizeof *part);
+        sum += (double)k->exp_sum(part, m, max);
+    }
     return (double)max + log(sum);
+}
+
+/* The first of the largest logits after the penalty, and its log-probability without. A penalty of 1 or more raises no
+ * logit, so a block whose largest is no better than the best so far is passed over. */
+static void choose_greedily(const migi_session *s, const float *logits, float penalty, int32_t *token, float *logprob)
+{
+    const migi_kernels *k = s->ws.k;
+    int vocab = s->model->c.vocab;
+    float best = -INFINITY;
+    *token = 0;
+    for (int first = 0; first < vocab; first += BEST_BLOCK) {
+        int end = min_int(first + BEST_BLOCK, vocab);
+        if (penalty >= 1.f && k->max(logits + first, end - first) <= best) continue;
+        for (int i = first; i < end; i++) {
+            float v = logits[i];
+            if (s->seen[i]) v = v > 0.f ? v / penalty : v * penalty;
+            if (v > best) best = v, *token = i;
+        }
+    }
+    *logprob = (float)((double)logits[*token] - log_sum_exp(k, logits, vocab));
 }
 
 /* ---- the timeline */
@@ -313,6 +355,7 @@ migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t co
                               int32_t pictures, migi_error *err)
 {
     migi_status status = MIGI_OK;
+    s->kept = 0;
     const migi_config *c = &s->model->c;
     walker w = {.visions = visions, .pictures = pictures};
     int32_t grids[2 * 64], *grid = pictures <= 64 ? grids : malloc((size_t)pictures * 2 * sizeof *grid);
@@ -323,17 +366,20 @@ migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t co
         grid[2 * i] = visions[i]->rows, grid[2 * i + 1] = visions[i]->cols;
     }
     int keep = common_prefix(s, tokens, count, w);
+    s->kept = keep;
     if (keep == count && s->length == count && s->logits_ready) goto done;
-    if (keep == count) keep--; /* the last token is computed again for its logits */
+    /* the last tokens are computed again: for the logits, and with enough rows for the many-row paths */
+    s->kept = keep = min_int(keep, count > MIGI_VERIFY_ROWS ? count - MIGI_VERIFY_ROWS - 1 : 0);
     status = migi_positions(c, tokens, count, grid, pictures, s->positions, err);
-    if (status != MIGI_OK) keep = 0;
+    if (status != MIGI_OK) s->kept = keep = 0;
     cut(s, keep);
     if (status != MIGI_OK) goto done;
 
     int cell;
     for (int i = 0; i < keep; i++) walk(&w, c->image_token, tokens[i], &cell);
     while (s->length < count) {
-        int first = s->length, rows = count - first < MIGI_CHUNK ? count - first : MIGI_CHUNK;
+        int first = s->length, left = count - first, rows = min_int(left, MIGI_CHUNK);
+        if (left > rows && left - rows <= MIGI_VERIFY_ROWS) rows -= MIGI_VERIFY_ROWS; /* no chunk of few rows */
         for (int i = 0; i < rows; i++) {
             const migi_vision *v = walk(&w, c->image_token, tokens[first + i], &cell);
             s->tokens[first + i] = tokens[first + i];
@@ -359,25 +405,39 @@ done:
     return status;
 }
 
+/* What follows a prompt: text tokens that fit. */
+static migi_status check_text(const migi_session *s, const int32_t *tokens, int32_t count, migi_error *err)
+{
+    if (!s->logits_ready) return migi_fail(err, MIGI_E_ARGUMENT, "the session holds no prompt; call migi_session_sync first");
+    migi_status status = check_tokens(s, tokens, count, s->length, err);
+    for (int32_t i = 0; i < count && status == MIGI_OK; i++)
+        if (tokens[i] == s->model->c.image_token)
+            return migi_fail(err, MIGI_E_ARGUMENT, "token %d is a picture's place; pictures come with migi_session_sync", i);
+    return status;
+}
+
+/* Text tokens behind the timeline go through the layers; the caller lengthens the timeline by those it keeps. */
+static migi_status forward_text(migi_session *s, const int32_t *tokens, int rows, migi_error *err)
+{
+    for (int i = 0; i < rows; i++) {
+        int32_t position = s->next_position + i;
+        s->tokens[s->length + i] = tokens[i], s->pictures[s->length + i] = 0;
+        embed_text(s, i, tokens[i]);
+        set_angles(s, i, (int32_t[3]){position, position, position});
+    }
+    s->logits_ready = false;
+    return forward(s, s->length, rows, err);
+}
+
 migi_status migi_session_append(migi_session *s, const int32_t *tokens, int32_t count, float *logprobs, migi_error *err)
 {
     migi_status status = MIGI_OK;
     const migi_config *c = &s->model->c;
-    FAIL_IF(!s->logits_ready, MIGI_E_ARGUMENT, "the session holds no prompt; call migi_session_sync first");
-    TRY(check_tokens(s, tokens, count, s->length, err));
-    for (int32_t i = 0; i < count; i++)
-        FAIL_IF(tokens[i] == c->image_token, MIGI_E_ARGUMENT, "token %d is a picture's place; pictures come with migi_session_sync", i);
-    if (logprobs) logprobs[0] = (float)((double)s->logits[tokens[0]] - log_sum_exp(s->logits, c->vocab));
+    TRY(check_text(s, tokens, count, err));
+    if (logprobs) logprobs[0] = (float)((double)s->logits[tokens[0]] - log_sum_exp(s->ws.k, s->logits, c->vocab));
     for (int32_t done_tokens = 0; done_tokens < count;) {
         int rows = count - done_tokens < MIGI_CHUNK ? count - done_tokens : MIGI_CHUNK, first = s->length;
-        for (int i = 0; i < rows; i++) {
-            int32_t position = s->next_position + i, token = tokens[done_tokens + i];
-            s->tokens[first + i] = token, s->pictures[first + i] = 0;
-            embed_text(s, i, token);
-            set_angles(s, i, (int32_t[3]){position, position, position});
-        }
-        s->logits_ready = false;
-        TRY(forward(s, first, rows, err));
+        TRY(forward_text(s, tokens + done_tokens, rows, err));
         for (int i = first; i < first + rows; i++) s->seen[s->tokens[i]] = 1;
         s->length += rows;
         s->next_position += rows;
@@ -386,7 +446,7 @@ migi_status migi_session_append(migi_session *s, const int32_t *tokens, int32_t 
             TRY(project(s, i, n, err));
             for (int j = 0; j < n && done_tokens + i + j + 1 < count; j++) {
                 const float *row = s->logits + (size_t)j * (size_t)c->vocab;
-                logprobs[done_tokens + i + j + 1] = (float)((double)row[tokens[done_tokens + i + j + 1]] - log_sum_exp(row, c->vocab));
+                logprobs[done_tokens + i + j + 1] = (float)((double)row[tokens[done_tokens + i + j + 1]] - log_sum_exp(s->ws.k, row, c->vocab));
             }
         }
         done_tokens += rows;
@@ -397,17 +457,65 @@ done:
     return status;
 }
 
+static migi_status check_penalty(float penalty, migi_error *err)
+{
+    if (penalty > 0.f) return MIGI_OK;
+    return migi_fail(err, MIGI_E_ARGUMENT, "a repetition penalty of %g; give a number above 0", (double)penalty);
+}
+
 migi_status migi_session_greedy(migi_session *s, float repetition_penalty, int32_t *token, float *logprob, migi_error *err)
 {
     if (!s->logits_ready) return migi_fail(err, MIGI_E_ARGUMENT, "the session holds no prompt; call migi_session_sync first");
-    if (!(repetition_penalty > 0.f)) return migi_fail(err, MIGI_E_ARGUMENT, "a repetition penalty of %g; give a number above 0", (double)repetition_penalty);
-    float best = -INFINITY;
-    *token = 0;
-    for (int i = 0; i < s->model->c.vocab; i++) {
-        float v = s->logits[i];
-        if (s->seen[i]) v = v > 0.f ? v / repetition_penalty : v * repetition_penalty;
-        if (v > best) best = v, *token = i;
+    migi_status status = check_penalty(repetition_penalty, err);
+    if (status == MIGI_OK) choose_greedily(s, s->logits, repetition_penalty, token, logprob);
+    return status;
+}
+
+migi_status migi_session_verify(migi_session *s, const int32_t *tokens, int32_t count, float repetition_penalty, int32_t *kept,
+                                int32_t *choices, float *logprobs, migi_error *err)
+{
+    migi_status status = MIGI_OK;
+    size_t vocab = (size_t)s->model->c.vocab;
+    int32_t n = 0;
+    *kept = 0;
+    FAIL_IF(count > MIGI_VERIFY_ROWS, MIGI_E_ARGUMENT, "%d tokens to verify at once; give at most %d", count, MIGI_VERIFY_ROWS);
+    TRY(check_penalty(repetition_penalty, err));
+    TRY(check_text(s, tokens, count, err));
+    TRY(forward_text(s, tokens, count, err));
+    TRY(project(s, 0, count, err));
+    do { /* a choice depends on the tokens seen before it, so position by position */
+        s->seen[tokens[n]] = 1;
+        choose_greedily(s, s->logits + (size_t)n * vocab, repetition_penalty, &choices[n], &logprobs[n]);
+        n++;
+    } while (n < count && tokens[n] == choices[n - 1]);
+    if (n > 1) memcpy(s->logits, s->logits + (size_t)(n - 1) * vocab, vocab * sizeof *s->logits);
+    s->length += n, s->next_position += n, *kept = n;
+    s->logits_ready = true;
+done:
+    return status;
+}
+
+/* Keys or values of a layer lie one after the other over the whole context, so each moves by itself. */
+migi_status migi_session_grow(migi_session *s, int32_t context, migi_error *err)
+{
+    const migi_config *c = &s->model->c;
+    size_t row = (size_t)c->kv_heads * (size_t)c->head_dim * (s->half ? sizeof(uint16_t) : sizeof(float)), room = (size_t)context;
+    if (context <= s->context) return MIGI_OK;
+    if (context > MAX_CONTEXT) return migi_fail(err, MIGI_E_ARGUMENT, "a context of %d tokens; give 1 to %d", context, MAX_CONTEXT);
+    char *cache = alloc_untouched(room, (size_t)c->layers * 2 * row);
+    int32_t *tokens = migi_alloc(room, sizeof *tokens), *positions = migi_alloc(3 * room, sizeof *positions);
+    uint64_t *pictures = migi_alloc(room, sizeof *pictures);
+    if (!cache || !tokens || !positions || !pictures) {
+        free(cache), free(tokens), free(positions), free(pictures);
+        return migi_fail(err, MIGI_E_MEMORY, "no memory for a context of %d tokens (%zu MB); ask for fewer or smaller pictures", context,
+                         room * (size_t)c->layers * 2 * row >> 20);
     }
-    *logprob = (float)((double)s->logits[*token] - log_sum_exp(s->logits, s->model->c.vocab));
+    for (size_t side = 0; side < (size_t)c->layers * 2; side++)
+        memcpy(cache + side * room * row, (char *)s->cache + side * (size_t)s->context * row, (size_t)s->length * row);
+    memcpy(tokens, s->tokens, (size_t)s->length * sizeof *tokens);
+    memcpy(pictures, s->pictures, (size_t)s->length * sizeof *pictures);
+    free(s->cache), free(s->tokens), free(s->positions), free(s->pictures);
+    s->cache = cache, s->tokens = tokens, s->positions = positions, s->pictures = pictures;
+    s->context = context;
     return MIGI_OK;
 }

@@ -43,27 +43,14 @@ static void rope_tables(const migi_config *c, int height, int width, float *cosi
                     }
 }
 
-typedef struct rows_call {
+typedef struct rope_call {
     const migi_session *s;
     const buffers *b;
-    const norm *n;
-    int first;
-    float *to;
-    int width;
-} rows_call;
-
-static void norm_row(void *arg, int row, int worker)
-{
-    const rows_call *r = arg;
-    const migi_config *c = &r->s->model->c;
-    (void)worker;
-    r->s->ws.k->layer_norm(r->to + (size_t)row * (size_t)c->v_dim, r->b->x + (size_t)(r->first + row) * (size_t)c->v_dim, r->n->w,
-                           r->n->b, c->v_dim, 1e-6f);
-}
+} rope_call;
 
 static void rope_row(void *arg, int row, int worker)
 {
-    const rows_call *r = arg;
+    const rope_call *r = arg;
     const migi_config *c = &r->s->model->c;
     (void)worker;
     int size = c->v_dim / c->v_heads;
@@ -72,51 +59,53 @@ static void rope_row(void *arg, int row, int worker)
                          r->b->cosine + (size_t)row * (size_t)(size / 2), r->b->sine + (size_t)row * (size_t)(size / 2), size / 2);
 }
 
-static void quick_gelu_row(void *arg, int row, int worker)
-{
-    const rows_call *r = arg;
-    (void)worker;
-    r->s->ws.k->quick_gelu(r->to + (size_t)row * (size_t)r->width, r->width);
-}
-
-static void gelu_row(void *arg, int row, int worker)
-{
-    const rows_call *r = arg;
-    (void)worker;
-    r->s->ws.k->gelu(r->to + (size_t)row * (size_t)r->width, r->width);
-}
-
 static void apply(migi_session *s, const matrix *w, const float *bias, const float *x, size_t ldx, float *y, size_t ldy, int rows, bool add)
 {
     migi_linears(&s->ws, &(linear){w, bias, y, ldy, add}, 1, x, ldx, rows);
+}
+
+/* y = then(norm(x) w^T + bias); y has `width` columns side by side */
+static void apply_normed(migi_session *s, const matrix *w, const float *bias, const norm *n, const float *x, buffers *b, float *y,
+                         size_t width, int rows, void (*then)(float *y, int n))
+{
+    migi_linears_of(&s->ws, &(linear){w, bias, y, width, false}, 1,
+                    &(rows_in){.x = x, .ldx = (size_t)s->model->c.v_dim, .norm = n, .eps = 1e-6f, .room = b->h}, rows, then);
 }
 
 static void run_block(migi_session *s, const block *l, buffers *b)
 {
     const migi_config *c = &s->model->c;
     size_t d = (size_t)c->v_dim, mlp = (size_t)c->v_mlp;
-    rows_call r = {.s = s, .b = b, .to = b->h};
+    for (int p = 0; p < b->patches; p += MIGI_CHUNK)
+        apply_normed(s, &l->qkv, l->qkv_bias, &l->before_attention, b->x + (size_t)p * d, b, b->qkv + (size_t)p * 3 * d, 3 * d,
+                     min_int(MIGI_CHUNK, b->patches - p), NULL);
+    migi_pool_run(s->ws.pool, rope_row, &(rope_call){s, b}, b->patches);
     for (int p = 0; p < b->patches; p += MIGI_CHUNK) {
-        int rows = b->patches - p < MIGI_CHUNK ? b->patches - p : MIGI_CHUNK;
-        r.first = p, r.n = &l->before_attention;
-        migi_pool_run(s->ws.pool, norm_row, &r, rows);
-        apply(s, &l->qkv, l->qkv_bias, b->h, d, b->qkv + (size_t)p * 3 * d, 3 * d, rows, false);
-    }
-    migi_pool_run(s->ws.pool, rope_row, &r, b->patches);
-    for (int p = 0; p < b->patches; p += MIGI_CHUNK) {
-        int rows = b->patches - p < MIGI_CHUNK ? b->patches - p : MIGI_CHUNK;
+        int rows = min_int(MIGI_CHUNK, b->patches - p);
+        float *x = b->x + (size_t)p * d;
         migi_attend(&s->ws, &(attention){.q = b->qkv + (size_t)p * 3 * d, .ldq = 3 * d, .k = b->qkv + d, .v = b->qkv + 2 * d,
             .ldkv = 3 * d, .kv_head = d / (size_t)c->v_heads, .out = b->h, .ldo = d, .queries = rows, .keys = b->patches,
             .heads = c->v_heads, .kv_heads = c->v_heads, .size = c->v_dim / c->v_heads, .causal = false});
-        apply(s, &l->proj, l->proj_bias, b->h, d, b->x + (size_t)p * d, d, rows, true);
-        r.first = p, r.n = &l->before_mlp, r.to = b->h;
-        migi_pool_run(s->ws.pool, norm_row, &r, rows);
-        apply(s, &l->fc1, l->fc1_bias, b->h, d, b->mlp, mlp, rows, false);
-        r.to = b->mlp, r.width = c->v_mlp;
-        migi_pool_run(s->ws.pool, quick_gelu_row, &r, rows);
-        apply(s, &l->fc2, l->fc2_bias, b->mlp, mlp, b->x + (size_t)p * d, d, rows, true);
-        r.to = b->h;
+        apply(s, &l->proj, l->proj_bias, b->h, d, x, d, rows, true);
+        apply_normed(s, &l->fc1, l->fc1_bias, &l->before_mlp, x, b, b->mlp, mlp, rows, s->ws.k->quick_gelu);
+        apply(s, &l->fc2, l->fc2_bias, b->mlp, mlp, x, d, rows, true);
     }
+}
+
+typedef struct norm_call {
+    const migi_session *s;
+    const buffers *b;
+    int first;
+} norm_call;
+
+static void norm_row(void *arg, int row, int worker)
+{
+    const norm_call *r = arg;
+    const migi_model *m = r->s->model;
+    size_t d = (size_t)m->c.v_dim;
+    (void)worker;
+    r->s->ws.k->layer_norm(r->b->h + (size_t)row * d, r->b->x + (size_t)(r->first + row) * d, m->merger_norm.w, m->merger_norm.b,
+                           m->c.v_dim, 1e-6f);
 }
 
 /* x[P, D] -> normed and taken four at a time -> embeddings[P / 4, hidden] */
@@ -125,14 +114,11 @@ static void run_merger(migi_session *s, buffers *b, float *embeddings)
     const migi_model *m = s->model;
     const migi_config *c = &m->c;
     int per_cell = c->merge * c->merge, merged = c->v_dim * per_cell, chunk = MIGI_CHUNK / per_cell;
-    rows_call r = {.s = s, .b = b, .n = &m->merger_norm, .to = b->h};
     for (int cell = 0; cell < b->patches / per_cell; cell += chunk) {
-        int cells = b->patches / per_cell - cell < chunk ? b->patches / per_cell - cell : chunk;
-        r.first = cell * per_cell, r.to = b->h;
-        migi_pool_run(s->ws.pool, norm_row, &r, cells * per_cell);
-        apply(s, &m->merger_fc1, m->merger_fc1_bias, b->h, (size_t)merged, b->mlp, (size_t)merged, cells, false);
-        r.to = b->mlp, r.width = merged;
-        migi_pool_run(s->ws.pool, gelu_row, &r, cells);
+        int cells = min_int(chunk, b->patches / per_cell - cell);
+        migi_pool_run(s->ws.pool, norm_row, &(norm_call){s, b, cell * per_cell}, cells * per_cell);
+        migi_linears_of(&s->ws, &(linear){&m->merger_fc1, m->merger_fc1_bias, b->mlp, (size_t)merged, false}, 1,
+                        &(rows_in){.x = b->h, .ldx = (size_t)merged}, cells, s->ws.k->gelu);
         apply(s, &m->merger_fc2, m->merger_fc2_bias, b->mlp, (size_t)merged, embeddings + (size_t)cell * (size_t)c->hidden,
               (size_t)c->hidden, cells, false);
     }

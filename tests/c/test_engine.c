@@ -1,5 +1,6 @@
 /* test_engine.c - a tiny random model: the same answer on every instruction set, cold and from a kept prefix, in one
- * piece and token by token, with one thread and two; errors; cancelling. */
+ * piece and token by token, with drafts right and wrong, in a session that grew, with one thread and two; errors;
+ * cancelling. */
 #include "tiny_model.h"
 
 static int stop_after;
@@ -47,6 +48,134 @@ static void errors(const migi_model *model, const weights *w)
     close_rig(&r);
 }
 
+/* ---- two ways to the same bits */
+
+enum { VOCAB = 61, LONG = 600 };
+
+static void start(rig *r)
+{
+    CHECK(migi_session_sync(r->session, prompt, PROMPT, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+}
+
+/* One more token by itself, as plain decoding does; logits[VOCAB] <- those after it. */
+static void one(rig *r, int32_t token, float penalty, int32_t *next, float *logprob, float *logits)
+{
+    CHECK(migi_session_append(r->session, &token, 1, NULL, &r->err) == MIGI_OK, "%s", r->err.message);
+    CHECK(migi_session_greedy(r->session, penalty, next, logprob, &r->err) == MIGI_OK, "%s", r->err.message);
+    memcpy(logits, migi_session_logits(r->session), VOCAB * sizeof *logits);
+    if (*next == PICTURE) *next = 11;
+}
+
+enum { STEPS = 16 };
+
+/* A draft of `count` tokens whose guess number `wrong` is wrong (0: none is), at every place of an answer. */
+static void drafts(rig *r, float penalty, int count, int wrong, const char *what)
+{
+    int32_t want[STEPS + 1], choices[MIGI_VERIFY_ROWS], kept, draft[MIGI_VERIFY_ROWS];
+    float lwant[STEPS + 1], logits[STEPS + 1][VOCAB], logprobs[MIGI_VERIFY_ROWS];
+    start(r);
+    CHECK(migi_session_greedy(r->session, penalty, &want[0], &lwant[0], &r->err) == MIGI_OK, "%s", r->err.message);
+    for (int i = 0; i < STEPS; i++) one(r, want[i], penalty, &want[i + 1], &lwant[i + 1], logits[i + 1]);
+    start(r);
+    for (int at = 0; at + count <= STEPS; at += kept) {
+        for (int i = 0; i < count; i++) draft[i] = want[at + i];
+        if (wrong && wrong < count) draft[wrong] = (draft[wrong] + 1) % PICTURE;
+        CHECK(migi_session_verify(r->session, draft, count, penalty, &kept, choices, logprobs, &r->err) == MIGI_OK, "%s: %s", what, r->err.message);
+        int expected = wrong && wrong < count ? wrong : count;
+        for (int i = 0; i < kept; i++) {
+            if (choices[i] == PICTURE) expected = expected < i + 1 ? expected : i + 1, choices[i] = 11; /* `one` puts 11 there */
+            CHECK(choices[i] == want[at + i + 1] && memcmp(&logprobs[i], &lwant[at + i + 1], sizeof(float)) == 0,
+                  "%s: draft of %d: token %d is %d (%g), expected %d (%g)", what, count, at + i + 1, choices[i], (double)logprobs[i], want[at + i + 1], (double)lwant[at + i + 1]);
+        }
+        CHECK(kept == expected, "%s: draft of %d, wrong at %d: %d kept", what, count, wrong, kept);
+        CHECK(migi_session_length(r->session) == PROMPT + at + kept, "%s: length", what);
+        CHECK(memcmp(migi_session_logits(r->session), logits[at + kept], sizeof logits[0]) == 0, "%s: draft of %d: the logits after token %d differ from one by one", what, count, at + kept);
+        if (kept < 1) break;
+    }
+}
+
+/* A long prompt on every kind of kept prefix, and in a session that grew, gives the bits of the cold one. */
+static void prefixes(const migi_model *model, rig *r, const char *isa, int fp32)
+{
+    static int32_t tokens[LONG];
+    float cold[VOCAB];
+    rig other;
+    for (int i = 0; i < LONG; i++) tokens[i] = i < PROMPT ? prompt[i] : 8 + (i * 7 + i / 9) % 50;
+    CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+    memcpy(cold, migi_session_logits(r->session), sizeof cold);
+    const int kept[] = {5, 80, 255, 595};
+    for (size_t i = 0; i < sizeof kept / sizeof *kept; i++) {
+        int32_t before = tokens[kept[i]];
+        tokens[kept[i]] = 60;
+        CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == (kept[i] < 14 && before == PICTURE ? MIGI_E_ARGUMENT : MIGI_OK), "%s", r->err.message);
+        tokens[kept[i]] = before;
+        CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+        CHECK(migi_session_kept(r->session) <= kept[i] && (before == PICTURE || migi_session_kept(r->session) >= kept[i] - MIGI_VERIFY_ROWS), "%s: %d kept of %d", isa, migi_session_kept(r->session), kept[i]);
+        CHECK(memcmp(cold, migi_session_logits(r->session), sizeof cold) == 0, "%s, fp32 %d: a prefix of %d changes the logits", isa, fp32, kept[i]);
+    }
+    open_rig(&other, model, isa, 1, 200, fp32, NULL);
+    CHECK(migi_session_sync(other.session, tokens, 190, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_OK, "%s", other.err.message);
+    CHECK(migi_session_sync(other.session, tokens, LONG, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_E_CONTEXT_FULL, "does not fit");
+    CHECK(migi_session_grow(other.session, LONG + 3, &other.err) == MIGI_OK, "%s", other.err.message);
+    CHECK(migi_session_grow(other.session, 10, &other.err) == MIGI_OK && migi_session_length(other.session) == 190, "growing to less");
+    CHECK(migi_session_sync(other.session, tokens, LONG, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_OK, "%s", other.err.message);
+    CHECK(migi_session_kept(other.session) == 190, "%d kept of 190 when the session grew", migi_session_kept(other.session));
+    CHECK(memcmp(cold, migi_session_logits(other.session), sizeof cold) == 0, "%s: growing changes the logits", isa);
+    CHECK(migi_session_grow(other.session, 1 << 30, &other.err) == MIGI_E_ARGUMENT && migi_session_length(other.session) == LONG, "growing beyond reason");
+    close_rig(&other);
+}
+
+#ifndef QUICK
+#define QUICK 0 /* 1 under sanitizers and emulators, where the best table alone is slow enough */
+#endif
+
+static void same_bits(const weights *w, const char *kind)
+{
+    migi_model *model;
+    migi_error err = {0};
+    char what[96];
+    CHECK(migi_model_new(&model, &config, w->list, (size_t)w->count, &err) == MIGI_OK, "%s", err.message);
+    for (size_t i = 0; i <= sizeof names / sizeof *names; i++) {
+        const char *isa = i ? names[i - 1] : "scalar";
+        if (QUICK && strcmp(isa, migi_kernels_best()->isa)) continue;
+        if (!runs_here(isa)) continue;
+        for (int fp32 = 0; fp32 < 2; fp32++) {
+            rig r;
+            open_rig(&r, model, isa, 1 + fp32, LONG, fp32, NULL);
+            snprintf(what, sizeof what, "%s weights, %s, fp32 %d", kind, isa, fp32);
+            for (int count = 1; count <= MIGI_VERIFY_ROWS; count += count < 4 ? 1 : 2)
+                for (int wrong = 0; wrong < count; wrong += 2)
+                    drafts(&r, (float[]){1.f, 1.05f, 1.3f, .9f}[(count + wrong) % 4], count, wrong, what);
+            prefixes(model, &r, isa, fp32);
+            close_rig(&r);
+        }
+    }
+    migi_model_free(model);
+}
+
+static void draft_errors(const migi_model *model)
+{
+    rig r;
+    int32_t tokens[MIGI_VERIFY_ROWS + 1] = {8, 9, 10}, choices[MIGI_VERIFY_ROWS], kept, place[] = {8, PICTURE}, beyond[] = {8, VOCAB};
+    float logprobs[MIGI_VERIFY_ROWS];
+    open_rig(&r, model, NULL, 1, PROMPT + 2, 0, NULL);
+    CHECK(migi_session_verify(r.session, tokens, 1, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT && kept == 0, "before sync");
+    start(&r);
+    CHECK(migi_session_verify(r.session, tokens, 0, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "no token");
+    CHECK(migi_session_verify(r.session, tokens, MIGI_VERIFY_ROWS + 1, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "too many");
+    CHECK(migi_session_verify(r.session, tokens, 3, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_CONTEXT_FULL, "no room");
+    CHECK(migi_session_verify(r.session, tokens, 1, 0.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "penalty");
+    CHECK(migi_session_verify(r.session, place, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "a picture's place");
+    CHECK(migi_session_verify(r.session, beyond, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "outside the vocabulary");
+    CHECK(migi_session_length(r.session) == PROMPT && migi_session_logits(r.session), "what is refused leaves the session as it was");
+    migi_session_cancel(r.session);
+    CHECK(migi_session_verify(r.session, tokens, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_CANCELLED && kept == 0, "cancelled");
+    CHECK(migi_session_length(r.session) == PROMPT, "a cancelled draft leaves nothing");
+    start(&r);
+    CHECK(migi_session_verify(r.session, tokens, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_OK, "usable after cancelling: %s", r.err.message);
+    close_rig(&r);
+}
+
 int main(void)
 {
     weights *w = make_weights();
@@ -76,6 +205,13 @@ int main(void)
         }
     }
     errors(model, w);
+    draft_errors(model);
+    same_bits(w, "plain");
+    for (int bits = 0; bits <= 8; bits += 4) {
+        weights *twin, *quantized = quantize_weights(w, bits, &twin);
+        same_bits(quantized, (const char *[]){"mixed", "int4", "int8"}[bits / 4]);
+        free_weights(quantized), free_weights(twin);
+    }
     migi_model_free(model);
     free_weights(w);
     REPORT();

@@ -189,34 +189,34 @@ static void int8_product(const migi_kernels *t, int m, int n, int k, int fill)
     free(w), free(c), free(want);
 }
 
-/* u[n, k] and factors[n, k / group] as int4 blocks; expanded and multiplied. */
-static void int4_product(const migi_kernels *t, int n, int k, int group, int fill)
+/* u[n, k] and factors[n, k / group] as int4 blocks, each with some bytes between it and the next; expanded and multiplied. */
+static void int4_product(const migi_kernels *t, int m, int n, int k, int group, int fill)
 {
-    size_t size = (size_t)n * (size_t)k, groups = size / (size_t)group;
-    uint8_t *blocks = calloc(size / 2, 1), *factors = malloc(groups);
-    int8_t *plain = malloc(size), *a = malloc((size_t)k), *wide = malloc((size_t)k * MIGI_BLOCK);
-    int32_t *c = counts((size_t)n), *want = copy_of(c, (size_t)n * 4);
-    for (size_t i = 0; i < groups; i++) factors[i] = (uint8_t)(fill == RANDOM ? 1 + bits() % 16 : 16);
-    for (int l = 0; l < k; l++) a[l] = activation(fill);
+    size_t ldw = (size_t)k * MIGI_BLOCK / 2 + 64, ldf = (size_t)(k / group) * MIGI_BLOCK + 16, blocks = (size_t)n / MIGI_BLOCK;
+    size_t lda = (size_t)k + 5, ldc = (size_t)n + 3, cs = (size_t)(m - 1) * ldc + (size_t)n, as = (size_t)(m - 1) * lda + (size_t)k;
+    uint8_t *w = calloc((blocks - 1) * ldw + (size_t)k * MIGI_BLOCK / 2, 1), *factors = malloc((blocks - 1) * ldf + (size_t)(k / group) * MIGI_BLOCK);
+    int8_t *plain = malloc((size_t)n * (size_t)k), *a = at_the_edge(as), *wide = malloc((size_t)k * MIGI_BLOCK);
+    int32_t *c = counts(cs), *want = copy_of(c, cs * 4);
+    for (size_t i = 0; i < (blocks - 1) * ldf + (size_t)(k / group) * MIGI_BLOCK; i++) factors[i] = (uint8_t)(fill == RANDOM ? 1 + bits() % 16 : 16);
+    for (size_t i = 0; i < as; i++) a[i] = activation(fill);
     for (int j = 0; j < n; j++)
         for (int l = 0; l < k; l++) {
             int u = fill == RANDOM ? (int)(bits() % 16) : fill == ALL_LOW ? 0 : fill == ALL_HIGH ? 15 : bits() & 1 ? 15 : 0;
-            size_t at = ((size_t)(j / 16) * (size_t)(k / 8) + (size_t)(l / 8)) * 64 + (size_t)(j % 16 * 4 + l % 4);
-            int factor = factors[((size_t)(j / 16) * (size_t)(k / group) + (size_t)(l / group)) * 16 + (size_t)(j % 16)];
-            blocks[at] |= (uint8_t)(l % 8 < 4 ? u : u << 4);
+            int factor = factors[(size_t)(j / 16) * ldf + (size_t)(l / group * 16 + j % 16)];
+            w[(size_t)(j / 16) * ldw + (size_t)(l / 8 * 64 + j % 16 * 4 + l % 4)] |= (uint8_t)(l % 8 < 4 ? u : u << 4);
             plain[(size_t)j * (size_t)k + (size_t)l] = (int8_t)((u - 8) * factor);
-            want[j] += a[l] * (u - 8) * factor;
+            for (int i = 0; i < m; i++) want[(size_t)i * ldc + (size_t)j] += a[(size_t)i * lda + (size_t)l] * (u - 8) * factor;
         }
     for (int j = 0; j < n; j += MIGI_BLOCK) {
         int wrong = 0;
-        t->expand_i4(wide, blocks + (size_t)j * (size_t)k / 2, factors + (size_t)j * (size_t)(k / group), group, k);
+        t->expand_i4(wide, w + (size_t)(j / 16) * ldw, factors + (size_t)(j / 16) * ldf, group, k);
         for (int r = 0; r < MIGI_BLOCK; r++)
             for (int l = 0; l < k; l++) wrong += wide[l / 4 * 64 + r * 4 + l % 4] != plain[(size_t)(j + r) * (size_t)k + (size_t)l];
         CHECK(!wrong, "%s expand_i4 %dx%d, groups of %d, fill %d: %d values differ", t->isa, n, k, group, fill, wrong);
     }
-    t->gemv_i4(c, a, blocks, factors, group, n, k);
-    CHECK(!memcmp(c, want, (size_t)n * 4), "%s gemv_i4 %dx%d, groups of %d, fill %d", t->isa, n, k, group, fill);
-    free(blocks), free(factors), free(plain), free(a), free(wide), free(c), free(want);
+    t->gemm_i4(c, ldc, a, lda, &(migi_int4){w, factors, ldw, ldf, group}, m, n, k);
+    CHECK(!memcmp(c, want, cs * 4), "%s gemm_i4 %dx%dx%d, groups of %d, fill %d", t->isa, m, n, k, group, fill);
+    free(w), free(factors), free(plain), free(wide), free(c), free(want);
 }
 
 static void quantized(const migi_kernels *t, const float *x, int k, int padded)
@@ -262,7 +262,13 @@ static void scaled_sums(const migi_kernels *t, int n)
     float *scales = floats((size_t)n), *y = floats((size_t)n), *want = copy_of(y, (size_t)n * 4);
     t->add_scaled(y, c, 3e-5f, scales, n), truth->add_scaled(want, c, 3e-5f, scales, n);
     CHECK(worst(y, want, (size_t)n) < 1e-6f, "%s add_scaled %d off by %g", t->isa, n, (double)worst(y, want, (size_t)n));
-    free(c), free(scales), free(y), free(want);
+    float *bias = floats((size_t)n);
+    for (int with = 0; with < 2; with++) {
+        memset(y, 0xff, (size_t)n * 4), memset(want, 0xff, (size_t)n * 4); /* NaN: nothing may be read */
+        t->put_scaled(y, c, 3e-5f, scales, with ? bias : NULL, n), truth->put_scaled(want, c, 3e-5f, scales, with ? bias : NULL, n);
+        CHECK(worst(y, want, (size_t)n) < 1e-6f, "%s put_scaled %d off by %g", t->isa, n, (double)worst(y, want, (size_t)n));
+    }
+    free(bias), free(c), free(scales), free(y), free(want);
 }
 
 static void half_floats(const migi_kernels *t)
@@ -304,25 +310,50 @@ static void half_floats(const migi_kernels *t)
     free(h), free(g), free(e), free(x), free(want);
 }
 
+/* Each row to the bit as if it were alone, and all close to the scalar ones. */
+static void half_products(const migi_kernels *t, int m, int n, int k)
+{
+    size_t ldy = (size_t)n + 3, ldw = (size_t)k + 9, size = (size_t)m * ldy;
+    float *x = floats((size_t)m * (size_t)k), *y = floats(size), *want = copy_of(y, size * 4), *lone = copy_of(y, size * 4);
+    uint16_t *w = malloc(((size_t)(n - 1) * ldw + (size_t)k) * 2);
+    for (size_t i = 0; i < (size_t)(n - 1) * ldw + (size_t)k; i++) w[i] = migi_f32_to_f16(noise());
+    t->dots_f16(y, ldy, x, w, ldw, m, n, k), truth->dots_f16(want, ldy, x, w, ldw, m, n, k);
+    for (int i = 0; i < m; i++) t->dots_f16(lone + (size_t)i * ldy, ldy, x + i * k, w, ldw, 1, n, k);
+    CHECK(worst(y, want, size) < 2e-5f, "%s dots_f16 %dx%dx%d off by %g", t->isa, m, n, k, (double)worst(y, want, size));
+    CHECK(!memcmp(y, lone, size * 4), "%s dots_f16 %dx%dx%d: rows depend on each other", t->isa, m, n, k);
+    float *sum = floats((size_t)m * (size_t)k), *wanted = copy_of(sum, (size_t)m * (size_t)k * 4), *single = copy_of(sum, (size_t)m * (size_t)k * 4);
+    t->weighted_f16(sum, y, ldy, w, ldw, m, n, k), truth->weighted_f16(wanted, y, ldy, w, ldw, m, n, k);
+    for (int i = 0; i < m; i++) t->weighted_f16(single + i * k, y + (size_t)i * ldy, ldy, w, ldw, 1, n, k);
+    float off = worst(sum, wanted, (size_t)m * (size_t)k);
+    CHECK(off < 1e-4f, "%s weighted_f16 %dx%dx%d off by %g", t->isa, m, n, k, (double)off);
+    CHECK(!memcmp(sum, single, (size_t)m * (size_t)k * 4), "%s weighted_f16 %dx%dx%d: rows depend on each other", t->isa, m, n, k);
+    free(x), free(y), free(want), free(lone), free(w), free(sum), free(wanted), free(single);
+}
+
 static void integers(const migi_kernels *t)
 {
+    for (int m = 1; m <= 30; m++) int4_product(t, m, 16 + m % 3 * 16, 128, 1 << m % 5 << 3, RANDOM);
+    int8_product(t, 200, 32, 640, RANDOM), int8_product(t, 193, 16, 576, MIXED);
+    int4_product(t, 200, 32, 640, 128, RANDOM), int4_product(t, 193, 16, 1152, 24, MIXED);
     for (int m = 1; m <= 40; m++) int8_product(t, m, 16 + m % 4 * 16, 64, RANDOM);
     for (int n = 16; n <= 64; n += 16)
         for (int fill = 0; fill < FILLS; fill++) {
             static const int shapes[][2] = {{1, 2048}, {2, 192}, {3, 640}, {4, 128}, {7, 1216}, {9, 320}, {17, 256}, {33, 448}};
             for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) int8_product(t, shapes[s][0], n, shapes[s][1], fill);
             for (int group = 8; group <= 128; group *= 2) {
-                int4_product(t, n, 128, group, fill);
-                int4_product(t, n, 640, group, fill);
+                int4_product(t, 1, n, 128, group, fill);
+                int4_product(t, 1 + group / 8, n, 640, group, fill);
             }
-            for (int group = 24; group <= 128; group += 16) int4_product(t, n, 64 * group, group, fill); /* no powers of two */
-            int4_product(t, n, 64, 64, fill);
-            int4_product(t, n, 192, 32, fill);
-            if (n < 48) int4_product(t, n, 8960, n * 4, fill), int4_product(t, n, 4160, 8, fill), int4_product(t, n, 8256, 24, fill);
+            for (int group = 24; group <= 128; group += 16) int4_product(t, n / 4, n, 64 * group, group, fill); /* no powers of two */
+            int4_product(t, 13, n, 64, 64, fill);
+            int4_product(t, 8, n, 192, 32, fill);
+            if (n < 48) int4_product(t, 3, n, 8960, n * 4, fill), int4_product(t, 1, n, 4160, 8, fill), int4_product(t, 14, n, 8256, 24, fill);
         }
     quantizer(t);
     for (int n = 1; n < 70; n++) scaled_sums(t, n);
     half_floats(t);
+    for (int m = 1; m < 8; m++)
+        for (int k = 1; k < 150; k += k < 40 ? 3 : 29) half_products(t, m, 1 + (m * 7 + k) % 23, k);
 }
 
 int main(void)

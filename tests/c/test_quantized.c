@@ -157,6 +157,31 @@ static void long_text(const migi_model *model, const char *isa, int fp32, float 
     close_rig(&r);
 }
 
+/* Up to MIGI_VERIFY_ROWS tokens together give the bits that they give one by one: short and on more keys than a block has. */
+static void few_rows(const migi_model *model, const char *isa, int fp32)
+{
+    enum { LONG = 270 };
+    int32_t text[LONG + MIGI_VERIFY_ROWS];
+    float together[MIGI_VERIFY_ROWS], single[MIGI_VERIFY_ROWS];
+    rig r = {0};
+    migi_session_options o = {.context = LONG + MIGI_VERIFY_ROWS, .fp32 = fp32};
+    CHECK(migi_pool_new(&r.pool, 2, isa, &r.err) == MIGI_OK, "%s", r.err.message);
+    CHECK(migi_session_new(&r.session, model, r.pool, &o, &r.err) == MIGI_OK, "%s", r.err.message);
+    for (int i = 0; i < LONG + MIGI_VERIFY_ROWS; i++) text[i] = 8 + (i * i + i / 5) % 53;
+    for (int first = 20; first <= LONG; first += 250)
+        for (int count = 2; count <= MIGI_VERIFY_ROWS; count += 3) {
+            CHECK(migi_session_sync(r.session, text, first, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
+            CHECK(migi_session_append(r.session, text + first, count, together, &r.err) == MIGI_OK, "%s", r.err.message);
+            CHECK(migi_session_sync(r.session, text, first, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
+            for (int i = 0; i < count; i++)
+                CHECK(migi_session_append(r.session, &text[first + i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
+            int wrong = 0;
+            for (int i = 0; i < count; i++) wrong += memcmp(&together[i], &single[i], 4) != 0;
+            CHECK(!wrong, "%s, fp32 %d: of %d tokens after %d, %d differ from those taken one by one", isa, fp32, count, first, wrong);
+        }
+    close_rig(&r);
+}
+
 /* Float sums differ between instruction sets in the last place, and a value next to a rounding border then becomes another
  * int8: one step of 1 / 127 of its row's largest. bf16 products round activations more coarsely than that. */
 static float tolerance_of(const char *isa, int any_bf16)
@@ -185,6 +210,7 @@ static void models(const weights *plain, int bits, int tied)
             run(model, names[i], threads, 0, got, lgot);
             same(got, lgot, want, lwant, tolerance_of(names[i], !bits), names[i]);
         }
+        if (!tied) few_rows(model, names[i], 0), few_rows(model, names[i], 1);
         run(twin, "scalar", 1, 1, got, lgot);
         float reference[NEW];
         memcpy(reference, lgot, sizeof reference);

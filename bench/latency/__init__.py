@@ -1,0 +1,1 @@
+"""Latency: this engine and its peers on the same pictures, beside the machine's ceilings."""

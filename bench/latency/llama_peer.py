@@ -1,0 +1,93 @@
+"""llama.cpp through its own command line, llama-mtmd-cli: one process per answer, timings from its log.
+
+    image slice encoded in 709 ms                                              each picture
+    llama_perf_context_print: prompt eval time = 2140.10 ms /   434 tokens     the prompt, pictures' cells included
+    llama_perf_context_print:        eval time = 1337.20 ms /    31 runs       single tokens
+
+Resizing is inside the encoding; loading the model is none of these.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.errors import MigicianError
+from .workload import PROMPT, Case
+
+__all__ = ["LlamaCpp", "read_log"]
+
+_ENCODED = re.compile(r"^(?:image|media)\b.* encoded in ([\d.]+) ms", re.M)
+_PROMPT = re.compile(r"prompt eval time =\s*([\d.]+) ms /\s*(\d+) tokens")
+_SINGLE = re.compile(r"(?<!prompt)\s+eval time =\s*([\d.]+) ms /\s*(\d+) runs")
+_VERSION = re.compile(r"version: (.+)")
+
+
+def read_log(text: str, case: Case) -> dict[str, Any]:
+    """The phases in one log. Raises MigicianError where a line is missing or the counts are not the case's."""
+    encoded, prompt, single = _ENCODED.findall(text), _PROMPT.search(text), _SINGLE.search(text)
+    if len(encoded) < case.pictures or prompt is None or single is None:
+        tail = " | ".join(text.strip().splitlines()[-3:])
+        raise MigicianError(f"llama.cpp: no timings in its log ({tail[:300]}); run it by hand to see why")
+    if int(single[2]) != case.new_tokens - 1:
+        raise MigicianError(
+            f"llama.cpp: {single[2]} single steps where {case.new_tokens - 1} were asked for; not comparable"
+        )
+    vision = sum(map(float, encoded))
+    prefill, decode = float(prompt[1]), float(single[1])
+    return {
+        "preprocess_ms": None,  # in vision_ms
+        "vision_ms": vision,
+        "prefill_ms": prefill,
+        "decode_ms": decode,
+        "total_ms": vision + prefill + decode,
+        "steps_ms": None,
+        "prompt_tokens": int(prompt[2]),
+        "new_tokens": case.new_tokens,
+    }
+
+
+class LlamaCpp:
+    """A build folder or program, a language model and a picture projector in GGUF."""
+
+    def __init__(self, place: str | None, gguf: str | None, mmproj: str | None, *, threads: int) -> None:
+        self._program = self._find(Path(place or ""))
+        if not gguf or not mmproj:
+            raise MigicianError("llama.cpp: no model; give --gguf and --mmproj, as its own converter writes them")
+        self._models = ["-m", gguf, "--mmproj", mmproj]
+        self._threads = ["-t", str(threads), "-tb", str(threads)] if threads else []
+        done = subprocess.run([self._program, "--version"], capture_output=True, text=True, check=False)
+        found = _VERSION.search(done.stdout + done.stderr)
+        self.versions = {"llama.cpp": found[1].strip() if found else "unknown"}
+
+    @staticmethod
+    def _find(place: Path) -> str:
+        for path in (place, place / "llama-mtmd-cli", place / "bin" / "llama-mtmd-cli"):
+            if path.is_file() and os.access(path, os.X_OK):
+                return str(path)
+        raise MigicianError(f"llama.cpp: no llama-mtmd-cli in {place}; give --llama-cpp its build folder")
+
+    def run(self, case: Case, images: list[np.ndarray]) -> dict[str, Any]:
+        """Answers once, in a process of its own."""
+        from PIL import Image
+
+        with tempfile.TemporaryDirectory() as folder:
+            words: list[str] = []
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(f"{folder}/{i}.png")
+                words += ["--image", f"{folder}/{i}.png"]
+            command = [self._program, *self._models, *self._threads, *words, "-p", PROMPT, "-n", str(case.new_tokens)]
+            command += ["--temp", "0", "--repeat-penalty", "1", "--ignore-eos", "-ngl", "0"]
+            with open(f"{folder}/log", "w+") as log:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                log.seek(0)
+                text = log.read()
+        if process.returncode:
+            raise MigicianError(f"llama.cpp: ended with {process.returncode} ({text.strip()[-300:]}); run it by hand")
+        return read_log(text, case) | {"peak_rss_mb": round(usage.ru_maxrss / 1024, 1)}

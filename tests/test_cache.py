@@ -1,0 +1,244 @@
+"""Work kept between questions: pictures by their pixels, the KV prefix, growing sessions; and no answer shows it."""
+
+import numpy as np
+import pytest
+from checkpoints import make_checkpoint
+from PIL import Image
+from quantized import make_quantized
+
+from migician.runtime import model as model_module
+from migician.runtime.cache import CACHE_BYTES, PictureCache, picture_key
+from migician.runtime.engine import VERIFY_ROWS
+from migician.runtime.errors import Cancelled, ContextFullError, MigicianError
+from migician.runtime.model import load
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def tokens(answer):
+    return [(t.id, t.logprob) for t in answer.tokens]
+
+
+def ids(answer):
+    return [t.id for t in answer.tokens]
+
+
+def prompt(model, pictures, question):
+    return model._prompt(question, model._load(pictures, None), (), 12)
+
+
+def shared(a, b):
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class Kept:
+    """Stands for an encoded picture of so many bytes."""
+
+    def __init__(self, size):
+        self.bytes = size
+
+
+def test_the_least_recently_used_pictures_leave_first():
+    cache = PictureCache(100)
+    a, b, c, d = Kept(40), Kept(40), Kept(20), Kept(50)
+    cache.put(b"a", a)
+    cache.put(b"b", b)
+    cache.put(b"c", c)
+    assert (len(cache), cache.size_bytes) == (3, 100)
+    assert cache.get(b"a") is a  # b is the oldest now
+    cache.put(b"d", d)
+    assert cache.get(b"b") is None and cache.get(b"c") is None
+    assert cache.get(b"a") is a and cache.get(b"d") is d
+    assert cache.size_bytes == 90
+
+
+def test_a_picture_beyond_the_bound_is_not_kept_and_evicts_nothing():
+    cache = PictureCache(100)
+    cache.put(b"a", Kept(100))
+    cache.put(b"b", Kept(101))
+    assert cache.get(b"b") is None and cache.get(b"a") is not None
+    none = PictureCache(0)
+    none.put(b"a", Kept(1))
+    assert len(none) == 0 == none.size_bytes
+
+
+def test_a_key_put_twice_counts_once():
+    cache = PictureCache(100)
+    cache.put(b"a", Kept(60))
+    second = Kept(70)
+    cache.put(b"a", second)
+    assert cache.get(b"a") is second and (len(cache), cache.size_bytes) == (1, 70)
+    cache.clear()
+    assert (len(cache), cache.size_bytes) == (0, 0)
+
+
+def test_keys_name_pixels_and_shape():
+    rgb = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    other = rgb.copy()
+    other[3, 5, 2] ^= 1
+    assert picture_key(rgb) == picture_key(rgb.copy()) == picture_key(np.asfortranarray(rgb))
+    assert len({picture_key(rgb), picture_key(rgb.reshape(6, 4, 3)), picture_key(other)}) == 3
+
+
+@pytest.fixture(scope="module", params=["plain", "quantized"])
+def checkpoint(request, tiny, tmp_path_factory):
+    if request.param == "plain":
+        return tiny
+    return make_quantized(tiny, tmp_path_factory.mktemp("quantized") / "model.mig")
+
+
+def test_a_second_question_reuses_pictures_and_prefix_and_says_the_same(checkpoint):
+    pictures = [noise(90, 60), noise(120, 150, 1)]
+    questions = ["where is it?", "is it there?", "where is it?"]
+    with load(checkpoint, cache_bytes=0) as cold:
+        wanted = []
+        for question in questions:
+            cold._session = None
+            wanted.append(cold.ground(pictures, question, max_new_tokens=12))
+    assert all(a.stats["reused_pictures"] == 0 == a.stats["reused_tokens"] for a in wanted)
+    with load(checkpoint) as warm:
+        for i, question in enumerate(questions):
+            answer = warm.ground(pictures, question, max_new_tokens=12)
+            assert tokens(answer) == tokens(wanted[i]), question  # to the bit
+            assert answer.stats["reused_pictures"] == (2 if i else 0)
+            same = i and shared(*[prompt(warm, pictures, q) for q in questions[i - 1 : i + 1]])
+            assert answer.stats["reused_tokens"] == min(same, answer.prompt_tokens - VERIFY_ROWS - 1)
+
+
+def test_other_pictures_with_the_same_question_are_not_mistaken(tiny):
+    with load(tiny) as model, load(tiny, cache_bytes=0) as cold:
+        for seed in (0, 1, 0, 2, 1):
+            answer = model.ground([noise(90, 60, seed)], "x", max_new_tokens=8)
+            cold._session = None
+            assert tokens(answer) == tokens(cold.ground([noise(90, 60, seed)], "x", max_new_tokens=8))
+        assert answer.stats["reused_pictures"] == 1
+        one = model.ground([noise(90, 60, 1), noise(90, 60, 0)], "x", max_new_tokens=8)
+        other = model.ground([noise(90, 60, 0), noise(90, 60, 1)], "x", max_new_tokens=8)
+        assert one.stats["reused_pictures"] == other.stats["reused_pictures"] == 2
+        cold._session = None
+        assert tokens(other) == tokens(cold.ground([noise(90, 60, 0), noise(90, 60, 1)], "x", max_new_tokens=8))
+
+
+def test_the_cache_keeps_its_bound_and_evicted_pictures_come_anew(tiny):
+    with load(tiny) as model:
+        plain = [model.ground([noise(90, 60, seed)], "x", max_new_tokens=6) for seed in range(3)]
+        size = model._cache.size_bytes // 3
+        assert size > 0
+    with load(tiny, cache_bytes=2 * size + size // 2) as model:
+        for seed, wanted in [(0, 0), (1, 0), (2, 0), (0, 0), (2, 1), (0, 1)]:
+            answer = model.ground([noise(90, 60, seed)], "x", max_new_tokens=6)
+            assert answer.stats["reused_pictures"] == wanted, seed
+            assert ids(answer) == ids(plain[seed])
+            assert model._cache.size_bytes <= 2 * size + size // 2
+    assert len(model._cache) == 0  # closed
+
+
+def test_chat_reuses_everything_but_the_new_question(tiny):
+    pictures = [noise(90, 60), noise(120, 150, 1)]
+    with load(tiny) as model:
+        chat = model.chat(pictures)
+        first = chat.ask("where?", max_new_tokens=10)
+        model.ground([noise(70, 70, 5)], "something else", max_new_tokens=4)  # the session forgets, the pictures stay
+        second = chat.ask("and now?", max_new_tokens=10)
+        third = chat.ask("and then?", max_new_tokens=10)
+    assert first.stats["reused_pictures"] == 0 and first.stats["reused_tokens"] == 0
+    assert second.stats["reused_pictures"] == third.stats["reused_pictures"] == 2
+    assert second.prompt_tokens > second.stats["reused_tokens"] < first.prompt_tokens
+    assert third.stats["reused_tokens"] > second.prompt_tokens  # the second answer, too
+    with load(tiny, cache_bytes=0) as cold:
+        chat = cold.chat(pictures)
+        again = [chat.ask(question, max_new_tokens=10) for question in ("where?", "and now?", "and then?")]
+    assert [ids(answer) for answer in again] == [ids(first), ids(second), ids(third)]
+
+
+def test_a_growing_session_keeps_what_it_has_and_says_the_same(tiny, monkeypatch):
+    pictures = [noise(90, 60)]
+    with load(tiny) as roomy:
+        long = "word " * 300
+        wanted = [roomy.ground(pictures, question, max_new_tokens=8) for question in ("a", long, "a")]
+    monkeypatch.setattr(model_module, "_ROOMY_CONTEXT", 1)
+    with load(tiny) as model:
+        answers, contexts = [], []
+        for question in ("a", long, "a"):
+            answers.append(model.ground(pictures, question, max_new_tokens=8))
+            contexts.append(model._session.context)
+    assert contexts[0] < contexts[1] == contexts[2]
+    assert [tokens(a) for a in answers] == [tokens(a) for a in wanted]
+    assert answers[1].stats["reused_tokens"] == wanted[1].stats["reused_tokens"] > 6  # kept across the growth
+
+
+def test_without_memory_to_grow_the_prompt_is_computed_again(tiny, monkeypatch):
+    monkeypatch.setattr(model_module, "_ROOMY_CONTEXT", 1)
+    with load(tiny) as model:
+        first = model.ground([noise(90, 60)], "a", max_new_tokens=4)
+
+        def refuse(*_):
+            raise MigicianError("no memory")
+
+        monkeypatch.setattr(model_module.Session, "grow", refuse)
+        answer = model.ground([noise(90, 60)], "word " * 300, max_new_tokens=4)
+        assert answer.stats["reused_tokens"] == 0 and answer.stats["reused_pictures"] == 1
+        assert ids(model.ground([noise(90, 60)], "a", max_new_tokens=4)) == ids(first)
+
+
+def test_a_system_that_promises_little_memory_gets_a_small_session(tiny, monkeypatch):
+    made, new = [], model_module.Session.__init__
+
+    def stingy(self, *arguments, context, **more):
+        made.append(context)
+        if context > 1000:
+            raise MigicianError("no memory")
+        new(self, *arguments, context=context, **more)
+
+    monkeypatch.setattr(model_module.Session, "__init__", stingy)
+    with load(tiny) as model:
+        assert model.ground([noise(90, 60)], "a", max_new_tokens=4).tokens
+    assert len(made) == 2 and made[0] > 1000 > made[1]
+
+
+def test_errors_and_cancelling_leave_nothing_wrong_behind(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", max_positions=400)
+    pictures = [noise(90, 60), noise(60, 90, 1)]
+    with load(folder, cache_bytes=0) as cold:
+        wanted = cold.ground(pictures, "where?", max_new_tokens=20)
+    with load(folder) as model:
+        model._room(10).cancel()
+        with pytest.raises(Cancelled):  # while the first picture is encoded
+            model.ground(pictures, "where?", max_new_tokens=20)
+        assert tokens(model.ground(pictures, "where?", max_new_tokens=20)) == tokens(wanted)
+        for taken in (1, 3, 7):
+            stream = model.stream(pictures, "where?", max_new_tokens=20)
+            for _ in range(taken):
+                next(stream)
+            model._session.cancel()
+            with pytest.raises(Cancelled):
+                list(stream)
+            assert tokens(model.ground(pictures, "where?", max_new_tokens=20)) == tokens(wanted)
+        with pytest.raises(ContextFullError):
+            model.ground(pictures, "where? " * 400, max_new_tokens=20)
+        chat = model.chat(pictures)
+        model._session.cancel()
+        with pytest.raises(Cancelled):
+            chat.ask("where?", max_new_tokens=20)
+        assert tokens(chat.ask("where?", max_new_tokens=20)) == tokens(wanted)
+
+
+def test_a_stream_that_was_overtaken_says_so(tiny):
+    with load(tiny) as model:
+        stream = model.stream([noise(90, 60)], "where?", max_new_tokens=9)
+        next(stream)
+        wanted = model.ground([], "x", max_new_tokens=3)
+        with pytest.raises(MigicianError, match="before this stream ended"):
+            list(stream)
+        abandoned = model.stream([noise(90, 60)], "where?", max_new_tokens=9)
+        next(abandoned)
+        assert tokens(model.ground([], "x", max_new_tokens=3)) == tokens(wanted)
+
+
+def test_a_bound_below_zero_is_refused(tiny):
+    with pytest.raises(MigicianError, match="cache_bytes is -1"):
+        load(tiny, cache_bytes=-1)
+    assert CACHE_BYTES == 256 << 20
