@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.engine import Pool, integer_sums
+from ..runtime.tensors import Tensor as Stored
 from .gptq import gptq_rows, gram
 from .grid import Grid, dequantize_activations, int4_grid, int8_grid
 from .packing import group_size, pack_int4, pack_int8
@@ -18,7 +20,6 @@ from .packing import group_size, pack_int4, pack_int8
 __all__ = ["Fitted", "Fitter", "pack", "row_grid"]
 
 _ERROR_ROWS = 512  # rows of activations on which output errors are measured
-_APPLY_ROWS = 4096  # rows that go through a map at a time
 
 
 @dataclass(eq=False)
@@ -65,11 +66,16 @@ class Fitter:
     """The maps of one unit: float until fit() has seen their inputs, quantized from then on.
 
     weights: f32 tensors by full name.   kinds: name of a map -> "int8", "int4" or "bf16".
+    pool: multiplies by what was quantized with the engine's own integer products; None does the same in float, on the
+    device of the weights.   stored: what goes into the file, by name.
     """
 
-    def __init__(self, weights: dict[str, Tensor], kinds: Mapping[str, str], group_limit: int) -> None:
-        self.weights, self.kinds, self._group_limit = weights, kinds, group_limit
+    def __init__(
+        self, weights: dict[str, Tensor], kinds: Mapping[str, str], group_limit: int, pool: Pool | None = None
+    ) -> None:
+        self.weights, self.kinds, self._group_limit, self._pool = weights, kinds, group_limit, pool
         self.fitted: dict[str, Fitted] = {}
+        self.stored: dict[str, Tensor] = {}
         self._dense: dict[str, Tensor] = {}
 
     def fit(self, names: Sequence[str], x: Tensor | None, weight: Tensor | None = None) -> None:
@@ -115,12 +121,27 @@ class Fitter:
             report["rtn_output_error"] = _relative(probe @ grid.dequantize(nearest).T - truth, truth)
         report["damping"] = damping
         self.fitted[name] = Fitted(chosen, grid, report)
-        self._dense[name] = dense
+        self.stored |= pack(name, self.fitted[name])
+        if self._pool is None:
+            self._dense[name] = dense
 
     def apply(self, name: str, x: Tensor) -> Tensor:
-        """Returns x W^T + b for f32[..., K], with the engine's rounding of x where W is quantized."""
+        """Returns x W^T + b for f32[T, K], with the engine's rounding of x where W is quantized."""
         bias = self.weights.get(name + ".bias")
-        dense = self._dense.get(name)
-        if dense is None:
+        if name not in self.fitted:
             return torch.nn.functional.linear(x, self.weights[name + ".weight"], bias)
-        return torch.nn.functional.linear(dequantize_activations(x), dense, bias)
+        if self._pool is None:
+            return torch.nn.functional.linear(dequantize_activations(x), self._dense[name], bias)
+        scale = self.fitted[name].grid.scale
+        sums, row_scales = integer_sums(self._pool, self._view(name, "weight"), self._factors(name), x.numpy())
+        y = torch.from_numpy(sums)[:, : len(scale)].float().mul_(torch.from_numpy(row_scales)[:, None]).mul_(scale)
+        return y if bias is None else y.add_(bias)
+
+    def _view(self, name: str, part: str) -> Stored:
+        tensor = self.stored[f"{name}.{part}"]
+        data = tensor.numpy()
+        kind = {torch.int8: "I8", torch.uint8: "U8"}[tensor.dtype]
+        return Stored(f"{name}.{part}", kind, data.shape, data.reshape(-1).view(np.uint8))
+
+    def _factors(self, name: str) -> Stored | None:
+        return self._view(name, "weight_group") if f"{name}.weight_group" in self.stored else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runtime.checkpoint import Checkpoint, derive
 from ..runtime.config import ModelConfig
+from ..runtime.engine import Pool
 from ..runtime.errors import MigicianError
 from ..runtime.quantization import Quantization, matrices
 from ..runtime.tensors import TensorFile
@@ -75,6 +76,9 @@ class Job:
     device: str = "cpu"
     progress: Progress = field(default=lambda done, total, what: None)
 
+    def __post_init__(self) -> None:
+        self._pool = Pool(torch.get_num_threads()) if self.device == "cpu" else None
+
     def run(self) -> None:
         """Does every unit that is not done yet. Can be killed at any point and started again."""
         units = list_units(self.checkpoint.config)
@@ -101,11 +105,10 @@ class Job:
         for name in matrices_of(unit):
             if self.policy.layers[name] == "bf16":  # fitted to what will be stored
                 weights[f"{name}.weight"] = weights[f"{name}.weight"].bfloat16().float()
-        fitter = Fitter({k: w.to(self.device) for k, w in weights.items()}, self.policy.layers, self.policy.group_size)
+        moved = {k: w.to(self.device) for k, w in weights.items()}
+        fitter = Fitter(moved, self.policy.layers, self.policy.group_size, self._pool)
         x = self._through(unit, fitter, None if x is None else x.to(self.device))
-        tensors: dict[str, Tensor] = {}
-        for name, fitted in fitter.fitted.items():
-            tensors |= pack(name, fitted)
+        tensors = fitter.stored
         report = [fitted.report for fitted in fitter.fitted.values()]
         for name, w in fitter.weights.items():
             tensors[name] = self._as_stored(name, w)

@@ -268,8 +268,8 @@ def integer_sums(pool: Pool, weight: Tensor, factors: Tensor | None, x: np.ndarr
     if factors is not None:
         keep += _fill(slots[1], factors.name, factors)
     rows, k = x.shape
-    sums = np.zeros((rows, 16 * weight.shape[0] if weight.shape else 0), np.int32)
-    scales = np.zeros(rows, np.float32)
+    sums = np.empty((rows, 16 * weight.shape[0] if weight.shape else 0), np.int32)
+    scales = np.empty(rows, np.float32)
     group = ffi.NULL if factors is None else slots + 1
     data = ffi.from_buffer("float[]", x)
     out = ffi.from_buffer("int32_t[]", sums, require_writable=True)

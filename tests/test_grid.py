@@ -143,6 +143,10 @@ def test_a_fitter_applies_what_it_fitted() -> None:
     assert set(fitter.fitted) == {"a"} and set(fitter.weights) == {"a.bias", "b.weight"}
     dense = fitter.fitted["a"].dequantized()
     torch.testing.assert_close(fitter.apply("a", x), dequantize_activations(x) @ dense.T + bias)
+    same = Fitter({"a.weight": w, "a.bias": bias}, {"a": "int4"}, 128, engine.Pool(2))
+    same.fit(["a"], x)
+    assert all(torch.equal(same.stored[name], tensor) for name, tensor in fitter.stored.items())
+    torch.testing.assert_close(same.apply("a", x), fitter.apply("a", x))
     report = fitter.fitted["a"].report
     assert report["output_error"] < report["rtn_output_error"] < 0.2
     unseen = Fitter({"a.weight": w}, {"a": "int8"}, 128)

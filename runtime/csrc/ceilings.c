@@ -15,6 +15,7 @@ enum {
     STREAM = 256 << 20, /* bytes; four times the third-level cache of most machines */
     PIECE = 2 << 20,    /* of them in a task */
     ROUND = 16,         /* pieces of a round, a millisecond or two: on a busy machine some rounds go undisturbed */
+    AHEAD = 2048,       /* bytes asked for early: without it a page's end costs a fifth of the speed (Zen 3) */
     OPERAND = 256 << 10, /* bytes of each operand of a kernel, for each thread */
     LOOPS = 20000,      /* of a register loop in a task */
 };
@@ -43,8 +44,10 @@ static void read_piece(void *arg, int task, int worker)
     (void)worker;
     const uint64_t *p = (const uint64_t *)(const void *)(c->memory + (c->round * ROUND + (size_t)task) % (STREAM / PIECE) * PIECE);
     uint64_t sum[8] = {0};
-    for (size_t i = 0; i < PIECE / sizeof *p; i += 8)
+    for (size_t i = 0; i < PIECE / sizeof *p; i += 8) {
+        __builtin_prefetch((const char *)(p + i) + AHEAD);
         for (int j = 0; j < 8; j++) sum[j] += p[i + (size_t)j];
+    }
     uint64_t all = 0;
     for (int j = 0; j < 8; j++) all += sum[j];
     atomic_fetch_add(&c->sink, all); /* keeps the reads */

@@ -63,13 +63,14 @@ typedef struct linear {
 
 typedef struct norm { float *w, *b; } norm; /* b NULL for RMS norms */
 
-/* What is multiplied: rows of x, or those rows normed. */
+/* What is multiplied: rows of x, those rows normed, or silu(x) times the rows of `up`. */
 typedef struct rows_in {
     const float *x; /* [T, K] */
     size_t ldx;
     const norm *norm; /* or NULL */
     float eps;
-    float *room; /* [T, K] for normed rows that are multiplied as float; with a norm only */
+    const float *up; /* [T, K] side by side, as x is then; or NULL */
+    float *room;     /* [T, K] for rows that are multiplied as float, with a norm or `up`; may be x */
 } rows_in;
 
 /* Where products run: threads, precision, buffers. One per session. */
@@ -95,7 +96,7 @@ enum {
 /* Applies up to MIGI_LINEARS maps to the same x[T, K]. Up to MIGI_FEW_ROWS rows are computed each as if it were alone, to
  * the bit. */
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows);
-/* The same for rows that may still need their norm; then `then(y, n)` over all outputs, NULL: nothing. */
+/* The same for rows that may still need their norm or gate; then `then(y, n)` over all outputs, NULL: nothing. */
 void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n));
 size_t migi_linear_scratch(void);
 /* n padded to what bf16 products, and what integer products read. */

@@ -8,7 +8,7 @@
  * Quantized weights are multiplied as integers: rows of x become int8 once for all maps that share them, sums are int32
  * and exact, so they depend on no blocking, thread or instruction set. int8 blocks are read in place; so are int4 blocks by
  * up to as many rows as the table says (i4_rows), beyond which they are expanded to int8, K_BLOCK_INT columns at a time. A
- * norm before the map, bias, scales and activation function work on rows and blocks that are in the cache anyway. A session
+ * norm or gate before the map, bias, scales and activation function work on rows and blocks that are in the cache anyway. A session
  * that keeps activations float turns the weights to float panels instead.
  */
 #include "internal.h"
@@ -104,36 +104,40 @@ static void integer_columns(const call *c, const linear *job, int n0, int n, cha
     }
 }
 
-static void norm_row(const call *c, int row, float *to)
+/* A row as it is multiplied: where it lies, or made in `room`. */
+static const float *ready_row(const call *c, int row, float *room)
 {
     const rows_in *in = c->in;
+    const migi_kernels *k = c->ws->k;
     const float *x = in->x + (size_t)row * in->ldx;
     int n = c->jobs[0].w->cols;
-    if (in->norm->b)
-        c->ws->k->layer_norm(to, x, in->norm->w, in->norm->b, n, in->eps);
+    if (in->up) {
+        if (room != x) memcpy(room, x, (size_t)n * sizeof *x);
+        k->silu_mul(room, in->up + (size_t)row * (size_t)n, n);
+    } else if (in->norm && in->norm->b)
+        k->layer_norm(room, x, in->norm->w, in->norm->b, n, in->eps);
+    else if (in->norm)
+        k->rms_norm(room, x, in->norm->w, n, in->eps);
     else
-        c->ws->k->rms_norm(to, x, in->norm->w, n, in->eps);
+        return x;
+    return room;
 }
 
-static void norm_to_room(void *arg, int row, int worker)
+static void row_to_room(void *arg, int row, int worker)
 {
     const call *c = arg;
     (void)worker;
-    norm_row(c, row, c->in->room + (size_t)row * (size_t)c->jobs[0].w->cols);
+    ready_row(c, row, c->in->room + (size_t)row * (size_t)c->jobs[0].w->cols);
 }
 
 static void quantize_row(void *arg, int row, int worker)
 {
     const call *c = arg;
     const workspace *ws = c->ws;
-    int cols = c->jobs[0].w->cols;
     const float *x = c->x ? c->x + (size_t)row * c->ldx : NULL;
-    if (!x) { /* normed on the way, through a row that stays in the cache */
-        float *normed = (float *)(void *)(ws->scratch + (size_t)worker * ws->scratch_bytes);
-        norm_row(c, row, normed);
-        x = normed;
-    }
-    ws->row_scales[row] = ws->k->quantize_i8(ws->quantized + (size_t)row * c->ld_quantized, x, cols, (int)c->ld_quantized);
+    if (!x) /* made on the way, where it stays in the cache */
+        x = ready_row(c, row, (float *)(void *)(ws->scratch + (size_t)worker * ws->scratch_bytes));
+    ws->row_scales[row] = ws->k->quantize_i8(ws->quantized + (size_t)row * c->ld_quantized, x, c->jobs[0].w->cols, (int)c->ld_quantized);
 }
 
 /* ---- quantized weights as float */
@@ -296,10 +300,10 @@ void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in
     }
     size_t cols = (size_t)jobs[0].w->cols;
     assert(rows <= MIGI_CHUNK);
-    if (!in->norm)
+    if (!in->norm && !in->up)
         c.x = in->x, c.ldx = in->ldx;
     else if (any_floats || cols * sizeof(float) > ws->scratch_bytes) {
-        migi_pool_run(ws->pool, norm_to_room, &c, rows);
+        migi_pool_run(ws->pool, row_to_room, &c, rows);
         c.x = in->room, c.ldx = cols;
     }
     if (rows > FEW_ROWS && ws->bf16 && any_bf16) {

@@ -133,18 +133,8 @@ migi_status migi_session_checkpoint(migi_session *s, migi_error *err)
 
 typedef struct rows_call {
     migi_session *s;
-    const float *weight;
     int layer, first; /* of the chunk on the timeline */
 } rows_call;
-
-static void norm_row(void *arg, int row, int worker)
-{
-    const rows_call *r = arg;
-    const migi_config *c = &r->s->model->c;
-    size_t at = (size_t)row * (size_t)c->hidden;
-    (void)worker;
-    r->s->ws.k->rms_norm(r->s->h + at, r->s->x + at, r->weight, c->hidden, c->rms_eps);
-}
 
 /* Keys or values of token `at` in the cache. */
 static void *cached(const migi_session *s, int index, bool values, size_t at)
@@ -184,14 +174,6 @@ static void rope_row(void *arg, int row, int worker)
     store(s, cached(s, r->layer, true, at), keys + kv, kv);
 }
 
-static void silu_row(void *arg, int row, int worker)
-{
-    const rows_call *r = arg;
-    size_t n = (size_t)r->s->model->c.intermediate;
-    (void)worker;
-    r->s->ws.k->silu_mul(r->s->gate + (size_t)row * n, r->s->up + (size_t)row * n, (int)n);
-}
-
 /* Angles of one row: the first mrope_section[0] planes turn by time, the next by row, the last by column. */
 static void set_angles(migi_session *s, int row, const int32_t position[3])
 {
@@ -219,22 +201,21 @@ static migi_status forward(migi_session *s, int first, int rows, migi_error *err
         migi_status status = migi_session_checkpoint(s, err);
         if (status != MIGI_OK) return status;
 
-        r.weight = l->before_attention.w, r.layer = i;
-        migi_pool_run(ws->pool, norm_row, &r, rows);
-        migi_linears(ws, (linear[]){{&l->q, l->q_bias, s->q, q, false},
-                                    {&l->k, l->k_bias, s->kv, 2 * kv, false},
-                                    {&l->v, l->v_bias, s->kv + kv, 2 * kv, false}}, 3, s->h, hidden, rows);
+        rows_in before_attention = {.x = s->x, .ldx = hidden, .norm = &l->before_attention, .eps = c->rms_eps, .room = s->h};
+        rows_in before_mlp = {.x = s->x, .ldx = hidden, .norm = &l->before_mlp, .eps = c->rms_eps, .room = s->h};
+        r.layer = i;
+        migi_linears_of(ws, (linear[]){{&l->q, l->q_bias, s->q, q, false},
+                                       {&l->k, l->k_bias, s->kv, 2 * kv, false},
+                                       {&l->v, l->v_bias, s->kv + kv, 2 * kv, false}}, 3, &before_attention, rows, NULL);
         migi_pool_run(ws->pool, rope_row, &r, rows);
         migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = cached(s, i, false, 0), .v = cached(s, i, true, 0), .half = s->half,
             .ldkv = kv, .kv_head = (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads,
             .size = c->head_dim, .causal = true});
         migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
-
-        r.weight = l->before_mlp.w;
-        migi_pool_run(ws->pool, norm_row, &r, rows);
-        migi_linears(ws, (linear[]){{&l->gate, NULL, s->gate, mlp, false}, {&l->up, NULL, s->up, mlp, false}}, 2, s->h, hidden, rows);
-        migi_pool_run(ws->pool, silu_row, &r, rows);
-        migi_linears(ws, &(linear){&l->down, NULL, s->x, hidden, true}, 1, s->gate, mlp, rows);
+        migi_linears_of(ws, (linear[]){{&l->gate, NULL, s->gate, mlp, false}, {&l->up, NULL, s->up, mlp, false}}, 2,
+                        &before_mlp, rows, NULL);
+        migi_linears_of(ws, &(linear){&l->down, NULL, s->x, hidden, true}, 1,
+                        &(rows_in){.x = s->gate, .ldx = mlp, .up = s->up, .room = s->gate}, rows, NULL);
     }
     return MIGI_OK;
 }
