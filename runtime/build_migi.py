@@ -24,7 +24,8 @@ ffibuilder.set_source(
     sources=sorted(os.path.relpath(path) for path in _CSRC.glob("*.c")),
     include_dirs=[os.path.relpath(_CSRC)],
     depends=sorted(os.path.relpath(path) for pattern in ("*.h", "*.inc") for path in _CSRC.glob(pattern)),
-    extra_compile_args=["-O3", "-std=gnu11", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow"]
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-g0", "-fvisibility=hidden"]
+    + ["-Wall", "-Wextra", "-Wshadow"]
     + (["-Werror", "-Wno-error=cast-function-type"] if os.environ.get("MIGI_WERROR") == "1" else []),
     extra_link_args=["-pthread"],
     libraries=["m"],

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FLAGS = (
-    "-O1", "-g1", "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-omit-frame-pointer",
+    "-O1", "-g1", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-pthread", "-fvisibility=hidden",
+    "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined,float-cast-overflow",
 )  # fmt: skip
 

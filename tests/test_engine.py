@@ -61,7 +61,7 @@ def test_another_thread_cancels(slow):
                 session.encode(np.zeros((1008, 1008, 3), np.uint8))
 
 
-def test_threads_and_instruction_sets_agree(tiny, monkeypatch):
+def test_threads_and_instruction_sets_agree_to_the_bit(tiny, monkeypatch):
     answers = []
     for isa in (line.split()[0] for line in engine.kernel_report().splitlines()):
         monkeypatch.setenv("MIGICIAN_ISA", isa)
@@ -72,9 +72,7 @@ def test_threads_and_instruction_sets_agree(tiny, monkeypatch):
             except UnsupportedError as error:
                 print("skipped:", error)
     assert len(answers) >= 4  # scalar and amx-emulated run everywhere
-    for tokens in answers[1:]:
-        assert [t.id for t in tokens] == [t.id for t in answers[0]]
-        np.testing.assert_allclose([t.logprob for t in tokens], [t.logprob for t in answers[0]], atol=1e-3)
+    assert all(tokens == answers[0] for tokens in answers[1:])
 
 
 def test_stream_gives_the_answer_piece_by_piece(tiny):

@@ -54,7 +54,8 @@ static float fold(const migi_kernels *k, float *scores, int n, float *max, float
 {
     float block_max = k->max(scores, n), new_max = block_max > *max ? block_max : *max;
     if (new_max == -INFINITY) new_max = 0.f; /* nothing visible or NaN: exp gives 0 or NaN, not a trap */
-    float down = *max == -INFINITY ? 0.f : expf(*max - new_max);
+    float down = *max;
+    k->exp_sum(&down, 1, new_max); /* exp(-INFINITY) is 0 */
     *sum = *sum * down + k->exp_sum(scores, n, new_max);
     *max = new_max;
     return down;

@@ -69,6 +69,16 @@ static int runs_i8mm(void) { return runs_dotprod() && (getauxval(AT_HWCAP2) >> 1
 
 static int runs_always(void) { return 1; }
 
+/* Emulated instructions beside real float ones. */
+static int runs_emulated(void)
+{
+#if defined(__x86_64__)
+    return runs_avx2();
+#else
+    return 1;
+#endif
+}
+
 typedef struct entry {
     const migi_kernels *table;
     int (*runs)(void);
@@ -79,9 +89,9 @@ typedef struct entry {
 /* From worst to best. */
 static const entry entries[] = {
     {&migi_kernels_scalar, runs_always, 1, "kernels_scalar.c", "kernels_scalar.c", "kernels_scalar.c"},
-    {&migi_kernels_avx512vnni_emulated, runs_always, 0, "kernels_avx512vnni_emulated.c", "kernels_avx512vnni_emulated.c",
+    {&migi_kernels_avx512vnni_emulated, runs_emulated, 0, "kernels_avx512vnni_emulated.c", "kernels_avx512vnni_emulated.c",
      "int8_vnni.inc, emulated"},
-    {&migi_kernels_amx_emulated, runs_always, 0, "kernels_amx_emulated.c", "amx_gemm.inc on emulated tiles",
+    {&migi_kernels_amx_emulated, runs_emulated, 0, "kernels_amx_emulated.c", "amx_gemm.inc on emulated tiles",
      "amx_gemm.inc on emulated tiles"},
 #if defined(__x86_64__)
     {&migi_kernels_avx2, runs_avx2, 1, "kernels_avx2.c", "kernels_avx2.c (widened to f32)", "int8_maddubs.inc (vpmaddubsw)"},

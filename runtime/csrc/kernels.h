@@ -3,6 +3,12 @@
  * Kernels compute; they do not allocate, thread, log or choose. Products always add to what the output holds, so that
  * bias and residual are whatever the caller put there first.
  *
+ * Numbers are the same to the bit on every table but for bf16 dot products (bf16_dots), so that a model answers alike on
+ * every machine: a product with its addition is rounded once (fma); a value of a matrix product is added up along k from zero,
+ * then to the output; other sums over a row are MIGI_SUMS partial sums, element i in sum i mod MIGI_SUMS, added up by
+ * migi_add_sums (dots_f16: eight of them), after which gemv and dots_f16 add the elements past the last whole round one by
+ * one; exp and erf are kernels_scalar.c's polynomials.
+ *
  * A panel is a block of weight rows turned so that one step along k reads `nr` neighbours:
  *     f32 panel   float[k][nr]                 panel[i * nr + r] = w[r, i]
  *     bf16 panel  uint32[k / 2][nr_bf16]       low half w[r, 2i], high half w[r, 2i + 1]
@@ -26,6 +32,7 @@ enum {
     MIGI_K_STEP = 32,  /* bf16 rows are padded with zeros to a multiple of this */
     MIGI_K_INT8 = 64,  /* quantized rows are padded with zeros to a multiple of this */
     MIGI_BLOCK = 16,   /* rows of a block of quantized weights */
+    MIGI_SUMS = 16,    /* partial sums over a row */
     MIGI_ALL_ROWS = 1 << 30,
 };
 
@@ -98,7 +105,7 @@ typedef struct migi_kernels {
     void (*gelu)(float *x, int n);
     /* rotates planes (x[i], x[i + half]) by the angle whose cosine and sine are given; half = head_dim / 2 */
     void (*rope)(float *x, const float *cosine, const float *sine, int half);
-    /* s = exp(s - max); returns the sum */
+    /* s = exp(s - max), within 2 ULP, 0 below -87; returns the sum */
     float (*exp_sum)(float *s, int n, float max);
     float (*max)(const float *s, int n);
     /* x *= f */
@@ -151,6 +158,30 @@ static inline uint16_t migi_f32_to_bf16(float f)
     union { float f; uint32_t u; } v = {.f = f};
     if ((v.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(v.u >> 16 | 0x40);
     return (uint16_t)((v.u + 0x7fff + (v.u >> 16 & 1)) >> 16);
+}
+
+/* a * b + c, rounded once. Without such an instruction the sum of the exact product is rounded to odd in double, after which
+ * rounding to float is as if from the exact value (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008). */
+static inline float migi_fma(float a, float b, float c)
+{
+#if defined(__FP_FAST_FMAF) || defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * (double)b, d = (double)c;
+    union { double f; int64_t i; } sum = {.f = product + d};
+    double part = sum.f - product, error = (product - (sum.f - part)) + (d - part);
+    if (error != 0. && !(sum.i & 1)) sum.i += (error > 0.) == (sum.f > 0.) ? 1 : -1;
+    return (float)sum.f;
+#endif
+}
+
+/* Partial sums folded in half, then neighbour with neighbour. */
+static inline float migi_add_eight(const float *s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
+static inline float migi_add_sums(const float *s)
+{
+    float half[8];
+    for (int i = 0; i < 8; i++) half[i] = s[i] + s[i + 8];
+    return migi_add_eight(half);
 }
 
 static inline float migi_f16_to_f32(uint16_t h)

@@ -1,4 +1,7 @@
 /* kernels_amx_emulated.c - the AMX kernel on emulated tiles, for tests on machines without AMX; slow. */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#endif
 #define MIGI_AMX_EMULATE
 #define MIGI_VNNI_EMULATE
 #define SIMD_WIDTH 4
@@ -8,5 +11,4 @@
 #include "int8_vnni.inc"
 #include "amx_gemm.inc"
 
-const migi_kernels migi_kernels_amx_emulated = {.isa = "amx-emulated", SIMD_F32_SLOTS, AMX_SLOTS,
-    MIGI_SCALAR_HALF_SLOTS};
+const migi_kernels migi_kernels_amx_emulated = {.isa = "amx-emulated", SIMD_F32_SLOTS, AMX_SLOTS, MIGI_SCALAR_HALF_SLOTS};

@@ -1,4 +1,7 @@
 /* kernels_avx512vnni_emulated.c - the VNNI kernels on an emulated instruction, for tests on machines without it; slow. */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#endif
 #define MIGI_VNNI_EMULATE
 #define SIMD_WIDTH 4
 #define SIMD_MR 4
@@ -7,5 +10,4 @@
 #include "int8_vnni.inc"
 
 const migi_kernels migi_kernels_avx512vnni_emulated = {
-    .isa = "avx512vnni-emulated", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, VNNI_SLOTS,
-    MIGI_SCALAR_HALF_SLOTS};
+    .isa = "avx512vnni-emulated", SIMD_F32_SLOTS, SIMD_BF16_SLOTS, VNNI_SLOTS, MIGI_SCALAR_HALF_SLOTS};

@@ -1,4 +1,4 @@
-/* kernels_scalar.c - the truth: naive C, one formula per function. Every other table is tested against this one. */
+/* kernels_scalar.c - the truth: plain C, one formula per function. Every other table is tested against this one, to the bit. */
 #include "kernels.h"
 
 #include <math.h>
@@ -22,7 +22,7 @@ static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const flo
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             float sum = 0.f;
-            for (int l = 0; l < k; l++) sum += a[i * lda + l] * panel[(size_t)l * NR + j];
+            for (int l = 0; l < k; l++) sum = migi_fma(a[i * lda + l], panel[(size_t)l * NR + j], sum);
             c[i * ldc + j] += sum;
         }
 }
@@ -48,8 +48,8 @@ static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const
             float sum = 0.f;
             for (int l = 0; l < k; l += 2) {
                 uint32_t pair = panel[(size_t)(l / 2) * NR + j];
-                sum += migi_bf16_to_f32(a[i * lda + l]) * migi_bf16_to_f32((uint16_t)pair);
-                sum += migi_bf16_to_f32(a[i * lda + l + 1]) * migi_bf16_to_f32((uint16_t)(pair >> 16));
+                sum = migi_fma(migi_bf16_to_f32(a[i * lda + l]), migi_bf16_to_f32((uint16_t)pair), sum);
+                sum = migi_fma(migi_bf16_to_f32(a[i * lda + l + 1]), migi_bf16_to_f32((uint16_t)(pair >> 16)), sum);
             }
             c[i * ldc + j] += sum;
         }
@@ -57,18 +57,24 @@ static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const
 
 static void gemv_f32(float *y, const float *w, size_t ldw, const float *x, int rows, int k)
 {
+    int whole = k / MIGI_SUMS * MIGI_SUMS;
     for (int r = 0; r < rows; r++) {
-        float sum = 0.f;
-        for (int i = 0; i < k; i++) sum += w[r * ldw + i] * x[i];
+        float part[MIGI_SUMS] = {0};
+        for (int i = 0; i < whole; i++) part[i % MIGI_SUMS] = migi_fma(w[r * ldw + i], x[i], part[i % MIGI_SUMS]);
+        float sum = migi_add_sums(part);
+        for (int i = whole; i < k; i++) sum = migi_fma(w[r * ldw + i], x[i], sum);
         y[r] += sum;
     }
 }
 
 static void gemv_bf16(float *y, const uint16_t *w, size_t ldw, const float *x, int rows, int k)
 {
+    int whole = k / MIGI_SUMS * MIGI_SUMS;
     for (int r = 0; r < rows; r++) {
-        float sum = 0.f;
-        for (int i = 0; i < k; i++) sum += migi_bf16_to_f32(w[r * ldw + i]) * x[i];
+        float part[MIGI_SUMS] = {0};
+        for (int i = 0; i < whole; i++) part[i % MIGI_SUMS] = migi_fma(migi_bf16_to_f32(w[r * ldw + i]), x[i], part[i % MIGI_SUMS]);
+        float sum = migi_add_sums(part);
+        for (int i = whole; i < k; i++) sum = migi_fma(migi_bf16_to_f32(w[r * ldw + i]), x[i], sum);
         y[r] += sum;
     }
 }
@@ -76,56 +82,87 @@ static void gemv_bf16(float *y, const uint16_t *w, size_t ldw, const float *x, i
 static void weighted_sum(float *y, const float *v, size_t ldv, const float *p, int rows, int n)
 {
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < n; i++) y[i] += p[r] * v[r * ldv + i];
+        for (int i = 0; i < n; i++) y[i] = migi_fma(p[r], v[r * ldv + i], y[i]);
 }
 
 static void rms_norm(float *y, const float *x, const float *w, int n, float eps)
 {
-    float sum = 0.f;
-    for (int i = 0; i < n; i++) sum += x[i] * x[i];
-    float f = 1.f / sqrtf(sum / (float)n + eps);
+    float part[MIGI_SUMS] = {0};
+    for (int i = 0; i < n; i++) part[i % MIGI_SUMS] = migi_fma(x[i], x[i], part[i % MIGI_SUMS]);
+    float f = 1.f / sqrtf(migi_add_sums(part) / (float)n + eps);
     for (int i = 0; i < n; i++) y[i] = x[i] * f * w[i];
 }
 
 static void layer_norm(float *y, const float *x, const float *w, const float *b, int n, float eps)
 {
-    float sum = 0.f, square = 0.f;
-    for (int i = 0; i < n; i++) sum += x[i];
-    float mean = sum / (float)n;
-    for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
-    float f = 1.f / sqrtf(square / (float)n + eps);
-    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * f * w[i] + b[i];
+    float part[MIGI_SUMS] = {0}, square[MIGI_SUMS] = {0};
+    for (int i = 0; i < n; i++) part[i % MIGI_SUMS] += x[i];
+    float mean = migi_add_sums(part) / (float)n;
+    for (int i = 0; i < n; i++) square[i % MIGI_SUMS] = migi_fma(x[i] - mean, x[i] - mean, square[i % MIGI_SUMS]);
+    float f = 1.f / sqrtf(migi_add_sums(square) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = migi_fma((x[i] - mean) * f, w[i], b[i]);
 }
+
+/* exp by 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (Cephes' coefficients); below -87 it is 0. */
+static float migi_exp(float x)
+{
+    union { float f; uint32_t i; } t, scale;
+    if (x < -87.f) return 0.f;
+    x = x > 88.f ? 88.f : x;
+    t.f = migi_fma(x, 1.44269504f, 12582912.f); /* adds 1.5 * 2^23: rounds to the nearest integer */
+    float n = t.f - 12582912.f;
+    float r = migi_fma(n, 2.12194440e-4f, migi_fma(n, -.693359375f, x));
+    float p = 1.9875691500e-4f;
+    p = migi_fma(p, r, 1.3981999507e-3f);
+    p = migi_fma(p, r, 8.3334519073e-3f);
+    p = migi_fma(p, r, 4.1665795894e-2f);
+    p = migi_fma(p, r, 1.6666665459e-1f);
+    p = migi_fma(p, r, 5.0000001201e-1f);
+    p = migi_fma(p * r, r, r) + 1.f;
+    scale.i = (t.i << 23) + (127u << 23);
+    return p * scale.f;
+}
+
+static float sigmoid(float x) { return 1.f / (1.f + migi_exp(-x)); }
 
 static void silu_mul(float *gate, const float *up, int n)
 {
-    for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.f + expf(-gate[i])) * up[i];
+    for (int i = 0; i < n; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
 static void quick_gelu(float *x, int n)
 {
-    for (int i = 0; i < n; i++) x[i] = x[i] / (1.f + expf(-1.702f * x[i]));
+    for (int i = 0; i < n; i++) x[i] = x[i] * sigmoid(x[i] * 1.702f);
 }
 
+/* erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7 */
 static void gelu(float *x, int n)
 {
-    for (int i = 0; i < n; i++) x[i] = .5f * x[i] * (1.f + erff(x[i] * .70710678f));
+    for (int i = 0; i < n; i++) {
+        float z = x[i] * .70710678f, a = z < 0.f ? -z : z, t = 1.f / migi_fma(.3275911f, a, 1.f);
+        float p = migi_fma(t, 1.061405429f, -1.453152027f);
+        p = migi_fma(t, p, 1.421413741f);
+        p = migi_fma(t, p, -.284496736f);
+        p = t * migi_fma(t, p, .254829592f);
+        float e = migi_fma(-p, migi_exp(-a * a), 1.f);
+        x[i] = .5f * x[i] * (1.f + (z < 0.f ? -e : e));
+    }
 }
 
 static void rope(float *x, const float *cosine, const float *sine, int half)
 {
     for (int i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
-        x[i] = a * cosine[i] - b * sine[i];
-        x[i + half] = b * cosine[i] + a * sine[i];
+        x[i] = migi_fma(a, cosine[i], -(b * sine[i]));
+        x[i + half] = migi_fma(b, cosine[i], a * sine[i]);
     }
 }
 
 static float exp_sum(float *s, int n, float max)
 {
-    float sum = 0.f;
-    for (int i = 0; i < n; i++) sum += s[i] = expf(s[i] - max);
-    return sum;
+    float part[MIGI_SUMS] = {0};
+    for (int i = 0; i < n; i++) part[i % MIGI_SUMS] += s[i] = migi_exp(s[i] - max);
+    return migi_add_sums(part);
 }
 
 static float maximum(const float *s, int n)
@@ -210,10 +247,15 @@ void migi_scalar_widen_f16(float *dst, const uint16_t *src, size_t n)
 
 void migi_scalar_dots_f16(float *y, size_t ldy, const float *x, const uint16_t *w, size_t ldw, int m, int n, int k)
 {
+    int whole = k / 8 * 8;
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
-            float sum = 0.f;
-            for (int l = 0; l < k; l++) sum += x[i * k + l] * migi_f16_to_f32(w[(size_t)j * ldw + (size_t)l]);
+            const float *row = x + i * k;
+            const uint16_t *key = w + (size_t)j * ldw;
+            float part[8] = {0};
+            for (int l = 0; l < whole; l++) part[l % 8] = migi_fma(row[l], migi_f16_to_f32(key[l]), part[l % 8]);
+            float sum = migi_add_eight(part);
+            for (int l = whole; l < k; l++) sum = migi_fma(row[l], migi_f16_to_f32(key[l]), sum);
             y[(size_t)i * ldy + (size_t)j] = sum;
         }
 }
@@ -222,7 +264,8 @@ void migi_scalar_weighted_f16(float *y, const float *p, size_t ldp, const uint16
 {
     for (int i = 0; i < m; i++)
         for (int r = 0; r < rows; r++)
-            for (int j = 0; j < n; j++) y[i * n + j] += p[(size_t)i * ldp + (size_t)r] * migi_f16_to_f32(v[(size_t)r * ldv + (size_t)j]);
+            for (int j = 0; j < n; j++)
+                y[i * n + j] = migi_fma(p[(size_t)i * ldp + (size_t)r], migi_f16_to_f32(v[(size_t)r * ldv + (size_t)j]), y[i * n + j]);
 }
 
 const migi_kernels migi_kernels_scalar = {

@@ -174,7 +174,8 @@ static void rope_row(void *arg, int row, int worker)
     store(s, cached(s, r->layer, true, at), keys + kv, kv);
 }
 
-/* Angles of one row: the first mrope_section[0] planes turn by time, the next by row, the last by column. */
+/* Angles of one row: the first mrope_section[0] planes turn by time, the next by row, the last by column. In double, where
+ * C libraries agree to the last place of a float. */
 static void set_angles(migi_session *s, int row, const int32_t position[3])
 {
     const migi_config *c = &s->model->c;
@@ -182,8 +183,8 @@ static void set_angles(migi_session *s, int row, const int32_t position[3])
     float *cosine = s->angles + (size_t)row * 2 * (size_t)half, *sine = cosine + half;
     for (int i = 0; i < half; i++) {
         int axis = i < c->mrope_section[0] ? 0 : i < c->mrope_section[0] + c->mrope_section[1] ? 1 : 2;
-        float angle = (float)position[axis] * (1.f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_dim));
-        cosine[i] = cosf(angle), sine[i] = sinf(angle);
+        float angle = (float)position[axis] * (float)(1. / pow((double)c->rope_theta, (double)(2 * i) / (double)c->head_dim));
+        cosine[i] = (float)cos((double)angle), sine[i] = (float)sin((double)angle);
     }
 }
 

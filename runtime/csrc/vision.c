@@ -26,7 +26,7 @@ static void free_buffers(buffers *b)
     free(b->sine);
 }
 
-/* Rows turn the first quarter of a head's planes, columns the second; theta^(-2i / (S / 2)). */
+/* Rows turn the first quarter of a head's planes, columns the second; theta^(-2i / (S / 2)). In double, as in session.c. */
 static void rope_tables(const migi_config *c, int height, int width, float *cosine, float *sine)
 {
     int quarter = c->v_dim / c->v_heads / 4, unit = c->merge, p = 0;
@@ -35,11 +35,11 @@ static void rope_tables(const migi_config *c, int height, int width, float *cosi
             for (int my = 0; my < unit; my++)
                 for (int mx = 0; mx < unit; mx++, p++)
                     for (int i = 0; i < quarter; i++) {
-                        float frequency = 1.f / powf(c->v_rope_theta, (float)(2 * i) / (float)(2 * quarter));
+                        float frequency = (float)(1. / pow((double)c->v_rope_theta, (double)(2 * i) / (double)(2 * quarter)));
                         float at_row = (float)(by * unit + my) * frequency, at_col = (float)(bx * unit + mx) * frequency;
                         size_t to = (size_t)p * 2 * (size_t)quarter + (size_t)i;
-                        cosine[to] = cosf(at_row), sine[to] = sinf(at_row);
-                        cosine[to + (size_t)quarter] = cosf(at_col), sine[to + (size_t)quarter] = sinf(at_col);
+                        cosine[to] = (float)cos((double)at_row), sine[to] = (float)sin((double)at_row);
+                        cosine[to + (size_t)quarter] = (float)cos((double)at_col), sine[to + (size_t)quarter] = (float)sin((double)at_col);
                     }
 }
 
