@@ -1,4 +1,8 @@
-/* pool.c - a fixed set of threads that share out numbered tasks; the caller works too. */
+/* pool.c - a fixed set of threads that share out numbered tasks; the caller works too.
+ *
+ * Each worker has a range of neighbouring tasks, so that it reads memory in one long stream, and helps with what is left of
+ * the others' ranges when its own is done.
+ */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "internal.h"
 
@@ -12,6 +16,12 @@
 
 enum { SPINS = 4000, MAX_THREADS = 256 };
 
+/* Tasks next .. end; alone on its cache line, as its worker asks for it all the time. */
+typedef struct range {
+    _Alignas(64) atomic_int next;
+    int end;
+} range;
+
 struct migi_pool {
     const migi_kernels *kernels;
     int threads, started;
@@ -19,11 +29,11 @@ struct migi_pool {
     pthread_mutex_t lock;
     pthread_cond_t wake, idle;
     atomic_uint generation; /* grows by one with every run */
-    atomic_int next, busy;  /* next task to take; workers still in this run */
+    atomic_int busy;        /* workers still in this run */
+    range *ranges;          /* one for each worker */
     bool stop;
     migi_work *work;
     void *arg;
-    int tasks;
 };
 
 typedef struct seat { migi_pool *pool; int worker; } seat;
@@ -59,8 +69,10 @@ static inline void relax(void)
 
 static void take_tasks(migi_pool *pool, int worker)
 {
-    int task;
-    while ((task = atomic_fetch_add(&pool->next, 1)) < pool->tasks) pool->work(pool->arg, task, worker);
+    for (int i = 0; i < pool->threads; i++) {
+        range *r = &pool->ranges[(worker + i) % pool->threads];
+        for (int task; (task = atomic_fetch_add(&r->next, 1)) < r->end;) pool->work(pool->arg, task, worker);
+    }
 }
 
 static void *worker_main(void *arg)
@@ -96,8 +108,10 @@ void migi_pool_run(migi_pool *pool, migi_work *work, void *arg, int tasks)
     pthread_mutex_lock(&pool->lock);
     pool->work = work;
     pool->arg = arg;
-    pool->tasks = tasks;
-    atomic_store(&pool->next, 0);
+    for (int i = 0; i < pool->threads; i++) {
+        pool->ranges[i].end = (int)((int64_t)tasks * (i + 1) / pool->threads);
+        atomic_store(&pool->ranges[i].next, (int)((int64_t)tasks * i / pool->threads));
+    }
     atomic_store(&pool->busy, pool->threads - 1);
     atomic_fetch_add(&pool->generation, 1);
     pthread_cond_broadcast(&pool->wake);
@@ -143,7 +157,8 @@ migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, mig
     pool->threads = threads ? threads : allowed_cpus();
     if (pool->threads > MAX_THREADS) pool->threads = MAX_THREADS;
     pool->handles = calloc((size_t)pool->threads, sizeof *pool->handles);
-    FAIL_IF(!pool->handles, MIGI_E_MEMORY, "no memory for %d threads", pool->threads);
+    pool->ranges = migi_alloc((size_t)pool->threads, sizeof *pool->ranges);
+    FAIL_IF(!pool->handles || !pool->ranges, MIGI_E_MEMORY, "no memory for %d threads", pool->threads);
     for (int i = 1; i < pool->threads; i++) {
         seat *s = malloc(sizeof *s);
         if (s) *s = (seat){pool, i};
@@ -171,6 +186,7 @@ void migi_pool_free(migi_pool *pool)
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->lock);
     free(pool->handles);
+    free(pool->ranges);
     free(pool);
 }
 
