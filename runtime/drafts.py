@@ -9,8 +9,8 @@ Where guesses come from, the surest first:
 
 A guess never changes the answer: the engine verifies all in one pass and keeps the greedy choice at every position
 (migi_session_verify). It only has to pay: `Pace` knows what a pass of n rows costs here, measured as decoding goes, and
-how often each kind of guess came true, and cuts a draft where the expected tokens per second are highest. Where guesses
-do not pay, none are made.
+how often each kind of guess came true, and cuts a draft where the expected tokens per second are highest. `Turns`
+compares whole answers with and without drafts: where guessing itself costs more than it saves, none is made.
 Source: speculative decoding, arXiv 2211.17192; drafts from the prompt, "prompt lookup decoding" (Saxena 2023).
 """
 
@@ -24,7 +24,7 @@ from .errors import ModelFileError
 if TYPE_CHECKING:
     from .prompt import Vocabulary
 
-__all__ = ["BoxGrammar", "Draft", "Pace", "Phrases", "Speculator"]
+__all__ = ["BoxGrammar", "Draft", "Pace", "Phrases", "Speculator", "Turns"]
 
 FORCED, PHRASE3, PHRASE2, PHRASE_ON, DIGIT3, DIGIT2, DIGIT_ON = range(7)
 _THREE, _TWO, _ON = range(3)  # after three known tokens, after two, after a guess from the same phrase
@@ -32,6 +32,9 @@ _PHRASES_BY, _DIGITS_BY = (PHRASE3, PHRASE2, PHRASE_ON), (DIGIT3, DIGIT2, DIGIT_
 _PRIORS = (0.97, 0.6, 0.35, 0.8, 0.3, 0.2, 0.4)  # how often a kind comes true before anything is known
 
 _TRIES = 4  # passes of one size before its time is believed
+_TRIAL_ANSWERS = 6  # drafted and plain in turns before the faster way is chosen
+_RETRY_ANSWERS = 32  # every so many answers the other way is tried again
+_TELLING_TOKENS = 8  # an answer needs so many to count
 _MEMORY_TOKENS = 4096  # of earlier answers; the older half leaves when it is full
 _BREAK = -1  # stands between answers: no phrase runs across
 _SAMPLE = ("<|box_start|>", "(", "316", ",", "158", "),(", "764", ",", "999", ")", "<|box_end|>")
@@ -195,6 +198,28 @@ class Pace:
                 self._seconds[rows] = seconds + 0.01 * (usual - seconds)
 
 
+class Turns:
+    """Whether the next answer is drafted at all: on a small model guessing itself can cost more than it saves."""
+
+    def __init__(self) -> None:
+        self._answers = 0
+        self._seconds: dict[bool, float] = {}  # of a token, drafted or not, as of late
+
+    def drafted(self) -> bool:
+        """Decides for the next answer: both ways in turns first, then the faster, now and then the other."""
+        self._answers += 1
+        if self._answers <= _TRIAL_ANSWERS or len(self._seconds) < 2:
+            return self._answers % 2 == 1
+        faster = self._seconds[True] * 1.03 <= self._seconds[False]  # following an answer costs a little as well
+        return faster != (self._answers % _RETRY_ANSWERS == 0)
+
+    def took(self, drafted: bool, tokens: int, seconds: float) -> None:
+        """Notes one answer; very short ones say little."""
+        if tokens >= _TELLING_TOKENS:
+            usual = self._seconds.setdefault(drafted, seconds / tokens)
+            self._seconds[drafted] = usual + 0.3 * (seconds / tokens - usual)
+
+
 class Speculator:
     """Guesses for one model's answers; what it learns lasts as long as the model.
 
@@ -204,7 +229,7 @@ class Speculator:
 
     def __init__(self, vocabulary: Vocabulary, *, rows: int, stop: Iterable[int]) -> None:
         self.rows, self.stop = rows, frozenset(stop)
-        self.grammar, self.pace = BoxGrammar(vocabulary), Pace(rows)
+        self.grammar, self.pace, self.turns = BoxGrammar(vocabulary), Pace(rows), Turns()
         self.memory = Phrases()
 
     def begin(self, prompt: Sequence[int]) -> Draft:
@@ -230,6 +255,8 @@ class Draft:
         self._phrases = Phrases(prompt)
         self._answer_at = max(0, len(prompt) - 2)  # the template's last words, known to every answer, lead into it
         self._state = _OUTSIDE
+        self._drafted = speculator.turns.drafted()
+        self._tokens, self._seconds = 0, 0.0  # that the passes brought, and took
         self.guessed = self.true = 0
 
     def push(self, token: int) -> None:
@@ -239,6 +266,8 @@ class Draft:
 
     def guess(self, room: int) -> tuple[list[int], list[int]]:
         """Guesses at most `room` tokens that follow and are worth a try: (tokens, kinds)."""
+        if not self._drafted:
+            return [], []
         tokens, kinds = self._all_guesses(min(room, self._speculator.rows - 1))
         count = self._speculator.pace.worth(kinds)
         return tokens[:count], kinds[:count]
@@ -279,7 +308,8 @@ class Draft:
         return None, _TWO
 
     def verified(self, kinds: Sequence[int], true: int, seconds: float) -> None:
-        """Takes what a pass over len(kinds) guesses brought: the first `true` of them, in so many seconds."""
+        """Takes what a pass over len(kinds) guesses brought: the first `true`, in seconds with the guessing."""
+        self._tokens, self._seconds = self._tokens + true + 1, self._seconds + seconds
         self.guessed += len(kinds)
         self.true += true
         self._speculator.pace.took(len(kinds) + 1, seconds)
@@ -287,6 +317,7 @@ class Draft:
 
     def finish(self) -> None:
         """Ends the answer and keeps its phrases for later ones."""
+        self._speculator.turns.took(self._drafted, self._tokens, self._seconds)
         self._speculator.remember(self._phrases.tokens[self._answer_at :])
 
 

@@ -391,8 +391,8 @@ def _advance(session: Session, draft: Draft | None, last: int, room: int, penalt
     """Finds the 1 to `room` tokens after the last one, in one pass over the weights."""
     if draft is None:
         return session.verify([last], penalty)
-    guesses, kinds = draft.guess(room - 1)
     start = time.perf_counter()
+    guesses, kinds = draft.guess(room - 1)
     found = session.verify([last, *guesses], penalty)
     draft.verified(kinds, len(found) - 1, time.perf_counter() - start)
     return found

@@ -20,6 +20,7 @@ from migician.runtime.drafts import (
     Pace,
     Phrases,
     Speculator,
+    Turns,
 )
 from migician.runtime.engine import VERIFY_ROWS
 from migician.runtime.errors import MigicianError
@@ -27,6 +28,13 @@ from migician.runtime.model import load
 from migician.runtime.prompt import Vocabulary
 
 BOX = "<|box_start|>(316,58),(764,999)<|box_end|>"
+
+
+@pytest.fixture(autouse=True)
+def always_drafted(monkeypatch, request):
+    """Every answer is drafted, whatever this machine makes of it, but where that choice itself is tested."""
+    if "turns" not in request.node.name:
+        monkeypatch.setattr(Turns, "drafted", lambda self: True)
 
 
 def noise(width, height, seed=0):
@@ -217,6 +225,31 @@ def test_poor_guesses_are_given_up_and_tried_again_after_a_while():
         waited += 1
         assert waited < 5000
     assert waited > 30  # at most one pass in thirty is risked: under 3 %
+
+
+def _answers(turns, count, seconds):
+    """Lets answers of 20 tokens take so many seconds a token, drafted or not; returns which were drafted."""
+    drafted = []
+    for _ in range(count):
+        drafted.append(turns.drafted())
+        turns.took(drafted[-1], 20, 20 * seconds[drafted[-1]])
+    return drafted
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_turns_choose_the_faster_way_and_try_the_other_now_and_then(faster):
+    drafted = _answers(Turns(), 200, {faster: 1.0, not faster: 1.4})
+    assert set(drafted[:6]) == {True, False}
+    assert drafted[6:].count(not faster) == 6  # every 32nd
+
+
+def test_turns_change_with_the_machine_and_pass_over_short_answers():
+    turns = Turns()
+    assert _answers(turns, 40, {True: 1.0, False: 1.4})[-1]
+    assert not _answers(turns, 200, {True: 2.0, False: 1.4})[-1]
+    before = dict(turns._seconds)
+    turns.took(True, 3, 0.0)
+    assert turns._seconds == before
 
 
 def test_a_hiccup_of_the_machine_is_no_measurement():
