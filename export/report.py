@@ -12,19 +12,16 @@ The report's own words, as the exporter measures them ("accuracy", "calibration"
               scores {task: [IoU of each question]}, in the same order before and after
 """
 
-import contextlib
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from ..runtime.charts import STYLE as CHART_STYLE
 from ..runtime.charts import Line, bar, bounds, line_chart, shares
-from ..runtime.errors import ModelFileError
+from ..runtime.page import legend, page, section, signed, table, tiles, write_page
 
 __all__ = ["iou_change", "render_report", "write_report"]
 
@@ -41,25 +38,12 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
 
     Raises ModelFileError when the place cannot be written, KeyError for a report that lacks one of its words.
     """
-    path = Path(path)
-    text = render_report(report)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise ModelFileError(
-                f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
-            ) from None
-        raise
+    write_page(path, render_report(report))
 
 
 def render_report(report: Report) -> str:
     """Returns the whole page as HTML."""
-    title = f"{escape(str(report['model']))} · {escape(str(report['mode']))}"
+    title = f"{report['model']} · {report['mode']}"
     sections = [
         _headline(report),
         _size(report),
@@ -70,14 +54,7 @@ def render_report(report: Report) -> str:
         _calibration(report["calibration"]),
         _every_layer(report["layers"]),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Quantization report: {title}</title>\n<style>{CHART_STYLE}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return page(f"Quantization report: {title}", sections, style=_STYLE)
 
 
 # ---------------------------------------------------------------------------------------------------- words, numbers
@@ -113,11 +90,6 @@ def _known(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _signed(value: float, digits: int = 3) -> str:
-    text = f"{abs(value):.{digits}f}"
-    return text if not float(text) else f"{'+' if value > 0 else '−'}{text}"
-
-
 def _name(module: str) -> str:
     """A module's name that a narrow table may break behind its dots."""
     return f"<code>{escape(module).replace('.', '.<wbr>')}</code>"
@@ -125,28 +97,6 @@ def _name(module: str) -> str:
 
 def _kind(kind: str) -> str:
     return f'<span class="kind {escape(kind)}">{escape(kind)}</span>'
-
-
-def _section(title: str, body: str, intro: str = "") -> str:
-    lead = f"<p>{intro}</p>" if intro else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
-    """A table whose first `text` columns are words and whose others are numbers; cells are HTML already."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        marks = ['class="num"' if i >= text else "" for i in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag} {m}>{c}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
-
-    body = "".join(row(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _legend(items: Iterable[tuple[str, str]]) -> str:
-    """Items (class of the mark, words)."""
-    keys = "".join(f'<span><i class="key {mark}"></i>{escape(words)}</span>' for mark, words in items)
-    return f'<div class="legend">{keys}</div>'
 
 
 # ---------------------------------------------------------------------------------------------------------- headline
@@ -178,7 +128,7 @@ def _headline(report: Report) -> str:
     plain = 2 * report["weights"]
     saved = f"{abs(1 - report['bytes'] / plain):.0%}".replace("%", " %") if plain else ""
     direction = "smaller" if report["bytes"] <= plain else "larger"
-    tiles = [
+    figures = [
         ("Size", _bytes(report["bytes"]), f"{saved} {direction} than bf16 ({_bytes(plain)})"),
         ("Bits per weight", f"{report['bits_per_weight']:.2f}", f"{_weights(report['weights'])} weights"),
         *_accuracy_tiles(report["accuracy"]),
@@ -186,17 +136,12 @@ def _headline(report: Report) -> str:
         ("Time", _duration(report["seconds"]), "accuracy runs included" if report["accuracy"] else ""),
         ("Peak memory", _bytes(1e6 * report["peak_rss_mb"]), "resident, of the exporter"),
     ]
-    columns = 3 if len(tiles) % 4 else 4
-    cards = "".join(
-        f'<div class="tile"><dt>{escape(label)}</dt><dd>{value}</dd><small>{note}</small></div>'
-        for label, value, note in tiles
-    )
     rotated = "rotated" if report["rotated"] else "not rotated"
     return (
         f'<header><p class="over">Quantization report</p><h1>{escape(str(report["model"]))}</h1>'
         f'<p class="sub">{_kind(str(report["mode"]))} <span>{rotated}</span> '
         f"<span>{escape(str(report['machine']))}</span></p></header>"
-        f'<dl class="tiles" style="--n:{columns}">{cards}</dl>'
+        f"{tiles(figures, 3 if len(figures) % 4 else 4)}"
     )
 
 
@@ -223,15 +168,16 @@ def _accuracy_tiles(accuracy: Mapping[str, Any] | None) -> list[tuple[str, str, 
         note = f"{questions:,} questions"
     else:
         # the sign of zero is settled by rounding, so that an end of the interval never reads as minus nothing
-        note = f"95 % interval {_signed(change - half)} to {_signed(change + half)}, {questions:,} questions, paired"
+        low, high = signed(change - half, 3), signed(change + half, 3)
+        note = f"95 % interval {low} to {high}, {questions:,} questions, paired"
     share = 100 * (after["acc50"] - before["acc50"])
     return [
         ("Mean IoU", _arrow(f"{before['iou']:.3f}", f"{after['iou']:.3f}"), "before and after"),
-        ("Change in IoU", _signed(change), note),
+        ("Change in IoU", signed(change, 3), note),
         (
             "Boxes at IoU ≥ 0.5",
             _arrow(f"{100 * before['acc50']:.1f}", f"{100 * after['acc50']:.1f} %"),
-            f"{_signed(share, 1)} points",
+            f"{signed(share, 1)} points",
         ),
     ]
 
@@ -259,12 +205,12 @@ def _size(report: Report) -> str:
         for part, size in parts.items()
     ]
     picture = shares([(colour[part], size / total, f"{part}: {_bytes(size)}") for part, size in parts.items()])
-    return _section("Size by part", picture + _table(("Part", "Size", "Share"), rows))
+    return section("Size by part", picture + table(("Part", "Size", "Share"), rows))
 
 
 def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
     if accuracy is None:
-        return _section("Accuracy", '<p class="quiet">Not measured for this file.</p>')
+        return section("Accuracy", '<p class="quiet">Not measured for this file.</p>')
     before, after = accuracy["before"], accuracy["after"]
     rows = [
         _accuracy_row(escape(task), before["tasks"][task], now)
@@ -277,8 +223,8 @@ def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
         f"{accuracy['per_task']:,} held-out questions per task, the same before and after. IoU is the overlap of the "
         "first box with the truth, 0 without a box or in the wrong picture."
     )
-    legend = _legend([("before", "before"), ("after", "after quantizing")])
-    return _section("Accuracy by task", legend + _table(head, rows, text=2), intro)
+    key = legend([("before", "before"), ("after", "after quantizing")])
+    return section("Accuracy by task", key + table(head, rows, text=2), intro)
 
 
 def _accuracy_row(task: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -288,7 +234,7 @@ def _accuracy_row(task: str, before: Mapping[str, Any], after: Mapping[str, Any]
         f'<div class="bars">{bars}</div>',
         f"{before['iou']:.3f}",
         f"{after['iou']:.3f}",
-        _signed(after["iou"] - before["iou"]),
+        signed(after["iou"] - before["iou"], 3),
         f"{100 * before['acc50']:.1f} %",
         f"{100 * after['acc50']:.1f} %",
         f"{after['n']:,}" if "n" in after else _NONE,
@@ -318,7 +264,7 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
     keys = [("after", "as stored"), ("rtn", "rounded to nearest, for comparison")]
     keys += [("ring", "a layer of another kind than most of its module")] if mixed else []
     intro = f"{meaning}, in percent on a logarithmic scale; lower is better. Charts of one tower share their axes."
-    return _section(f"Relative {what} error by layer", _legend(keys) + groups, intro)
+    return section(f"Relative {what} error by layer", legend(keys) + groups, intro)
 
 
 def _tower(layers: Sequence[Mapping[str, Any]], key: str, prefix: str, title: str, unit: str) -> str:
@@ -383,14 +329,14 @@ def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
     numbers = {10: "ten"}
     title = f"The {numbers.get(len(ten), str(len(ten)))} largest errors" if len(ten) > 1 else "The largest error"
     what = "output" if key == "output_error" else "weight"
-    return _section(title, _table(_LAYER_HEAD, map(_layer_row, ten), text=2), f"By relative {what} error.")
+    return section(title, table(_LAYER_HEAD, map(_layer_row, ten), text=2), f"By relative {what} error.")
 
 
 def _every_layer(layers: Sequence[Mapping[str, Any]]) -> str:
     if not layers:
         return ""
-    table = _table(_LAYER_HEAD, map(_layer_row, layers), text=2)
-    return f"<section><details><summary>All {len(layers):,} matrices</summary>{table}</details></section>"
+    every = table(_LAYER_HEAD, map(_layer_row, layers), text=2)
+    return f"<section><details><summary>All {len(layers):,} matrices</summary>{every}</details></section>"
 
 
 # ------------------------------------------------------------------------------------------- policy and calibration
@@ -416,7 +362,7 @@ def _policy(layers: Sequence[Mapping[str, Any]]) -> str:
         f"<p>Left in bf16: {', '.join(map(_name, wide))}.</p>" if wide else "<p>No matrix was left in bf16.</p>"
     )
     intro = "Matrices of each module by the kind they are stored in. Norms and biases are never quantized."
-    return _section("Policy", f'<div class="narrow">{_table(("Module", *kinds), rows)}</div>{notes}', intro)
+    return section("Policy", f'<div class="narrow">{table(("Module", *kinds), rows)}</div>{notes}', intro)
 
 
 def _exceptions(odd: Sequence[Mapping[str, Any]]) -> str:
@@ -428,7 +374,7 @@ def _exceptions(odd: Sequence[Mapping[str, Any]]) -> str:
 
 def _calibration(calibration: Mapping[str, Any] | None) -> str:
     if calibration is None:
-        return _section("Calibration", '<p class="quiet">Nothing was calibrated; weights were rounded to nearest.</p>')
+        return section("Calibration", '<p class="quiet">Nothing was calibrated; weights were rounded to nearest.</p>')
     samples, visual, text = calibration["samples"], calibration["visual_tokens"], calibration["text_tokens"]
     facts = [
         ("Source", escape(str(calibration["source"]))),
@@ -445,7 +391,7 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
         ("Tokens", [("pictures", visual), ("text", text)]),
     ]
     lists = "".join(f"<div><h3>{title}</h3>{_bar_list(items)}</div>" for title, items in columns if items)
-    return _section("Calibration", f'<dl class="facts">{listed}</dl><div class="columns">{lists}</div>')
+    return section("Calibration", f'<dl class="facts">{listed}</dl><div class="columns">{lists}</div>')
 
 
 def _bar_list(items: Sequence[tuple[str, int]]) -> str:
@@ -457,39 +403,16 @@ def _bar_list(items: Sequence[tuple[str, int]]) -> str:
     return f'<table class="list"><tbody>{rows}</tbody></table>'
 
 
+# beside the style of every page
 _STYLE = """
-:root{--page:#f6f7f9;--card:#fff;--ink:#1b2230;--soft:#5b6577;--line:#dfe3ea;--after:#2467d6;--before:#a9b4c4;--rtn:#c77b0a;
+:root{--after:#2467d6;--before:#a9b4c4;--rtn:#c77b0a;
 --p0:#7a5af0;--p1:#2467d6;--p2:#0f9d7a;--p3:#dd8a07;--p4:#8a94a6;--p5:#c2408f;--int4:#2467d6;--int8:#0f8567;--bf16:#7b6a2e}
-@media(prefers-color-scheme:dark){:root{--page:#10141b;--card:#181e28;--ink:#e8ecf3;--soft:#9aa6b8;--line:#2c3544;
---after:#6ea4ff;--before:#5d6a7d;--rtn:#e5a549;--p0:#9d85ff;--p1:#5f97f5;--p2:#35b894;--p3:#e5a549;--p4:#7d8899;
---p5:#e06bb2;--int4:#6ea4ff;--int8:#4cc9a4;--bf16:#cdb663}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:1120px;margin:0 auto;padding:28px 20px 48px}
-h1{font-size:27px;line-height:1.2;margin:2px 0 8px;overflow-wrap:anywhere}
-h2{font-size:18px;margin:0 0 10px}h3{font-size:14px;margin:18px 0 6px;color:var(--soft);font-weight:600}
-p{margin:0 0 12px;max-width:78ch}.over{margin:0;color:var(--soft);font-size:13px;letter-spacing:.04em}
-.sub{display:flex;flex-wrap:wrap;gap:4px 16px;color:var(--soft);align-items:center;max-width:none}
-.quiet{color:var(--soft);margin:0}
-section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin-top:16px}
-section p{color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(var(--n),1fr);gap:12px;margin:18px 0 0}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
-.tile dt{color:var(--soft);font-size:13px}.tile dd{margin:2px 0;font-size:24px;font-weight:650;line-height:1.25}
-.tile small{color:var(--soft);font-size:12.5px;display:block;min-height:1.4em}.was{color:var(--soft);font-weight:500}
-.scroll{overflow-x:auto}.narrow{max-width:620px;margin-bottom:12px}section>p:last-child{margin-bottom:0}
-table{border-collapse:collapse;width:100%;font-size:14px}
-th{color:var(--soft);font-weight:600;text-align:left;font-size:12.5px;white-space:nowrap}
-td,th{padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:middle}
-tr:last-child td{border-bottom:0}
-td:first-child,th:first-child{padding-left:0}td:last-child,th:last-child{padding-right:0}
-.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-code{font:12.5px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}.long{overflow-wrap:anywhere}
+@media(prefers-color-scheme:dark){:root{--after:#6ea4ff;--before:#5d6a7d;--rtn:#e5a549;
+--p0:#9d85ff;--p1:#5f97f5;--p2:#35b894;--p3:#e5a549;--p4:#7d8899;--p5:#e06bb2;--int4:#6ea4ff;--int8:#4cc9a4;--bf16:#cdb663}}
+.narrow{max-width:620px;margin-bottom:12px}th{white-space:nowrap;vertical-align:middle}
+code{overflow-wrap:normal}.long{overflow-wrap:anywhere}
 .kind{font-size:12px;font-weight:650;padding:1px 7px;border-radius:9px;border:1px solid currentColor;white-space:nowrap}
 .kind.int4{color:var(--int4)}.kind.int8{color:var(--int8)}.kind.bf16{color:var(--bf16)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;color:var(--soft);font-size:13px}
-.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:7px;background:var(--c)}
 .key.ring{background:none;border:2px solid var(--after);border-radius:50%}
 .before{--c:var(--before)}.after{--c:var(--after)}.rtn{--c:var(--rtn)}.p0{--c:var(--p0)}.p1{--c:var(--p1)}
 .p2{--c:var(--p2)}.p3{--c:var(--p3)}.p4{--c:var(--p4)}.p5{--c:var(--p5)}
@@ -498,10 +421,6 @@ code{font:12.5px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}.long{
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:8px 36px}
 .list td{padding:3px 8px;border:0}.list td:nth-child(2){width:55%}
 .list td:first-child{white-space:nowrap;padding-left:0}
-summary{cursor:pointer;font-weight:650}details[open] summary{margin-bottom:10px}
-@media(max-width:600px){main{padding:18px 12px 32px}section{padding:14px}h1{font-size:22px}
-.tiles{grid-template-columns:1fr 1fr;gap:8px}.tile{padding:10px 12px}.tile dd{font-size:18px}
-.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:8px}td,th{padding:6px 5px}th,th.num{white-space:normal}
-.bars,.bars .bar{min-width:44px}table{font-size:13px}td>code{display:inline-block;min-width:132px}}
-@media print{body{background:#fff}section,.tile{break-inside:avoid}}
+@media(max-width:600px){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:8px}
+th,th.num{white-space:normal}td>code{display:inline-block;min-width:132px}}
 """

@@ -147,7 +147,7 @@ class Pace:
     """What guesses cost and bring on this machine, learned while decoding."""
 
     def __init__(self, rows: int) -> None:
-        self._seconds = [0.0] * (rows + 1)  # of a pass by its rows; 0: not measured
+        self._seconds = [0.0] * (rows + 1)  # of a pass by its rows, guessing included; 0: not measured
         self._passes = [0] * (rows + 1)
         self._chances = list(_PRIORS)
         self._seen = [0] * len(_PRIORS)

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from .charts import STYLE as CHART_STYLE
-from .errors import MigicianError
+from .errors import ModelFileError
 
 __all__ = ["legend", "page", "section", "signed", "table", "tiles", "write_page"]
 
@@ -31,7 +31,7 @@ def page(title: str, sections: Iterable[str], *, style: str = "") -> str:
 def write_page(path: str | os.PathLike[str], text: str) -> None:
     """Writes a page, or any text; it appears under its name complete or not at all.
 
-    Raises MigicianError when the place cannot be written.
+    Raises ModelFileError when the place cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +42,7 @@ def write_page(path: str | os.PathLike[str], text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise MigicianError(
+            raise ModelFileError(
                 f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
             ) from None
         raise

@@ -3,13 +3,13 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from html_page import Page
 from PIL import Image
 
 from migician.bench.accuracy import sweep as sweeping
@@ -25,38 +25,6 @@ from migician.runtime.errors import MigicianError
 
 BOX = "(100,200),(300,400)"
 TRUTH = (0.1, 0.2, 0.3, 0.4)
-VOID = {"meta", "wbr", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed in order; keeps tags, attributes and visible words."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words += f" {data.strip()}"
-
-    def all(self, tag: str, style: str = "") -> list[dict[str, str | None]]:
-        return [a for name, a in self.tags if name == tag and style in [*(a.get("class") or "").split(), ""]]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from checkpoints import make_checkpoint
 from PIL import Image
 from quantized import make_quantized
 
+from migician.bench.speculation import measure
 from migician.calib.scenes import held_out
 from migician.runtime.checkpoint import open_checkpoint
 from migician.runtime.drafts import (
@@ -406,6 +407,12 @@ def test_nano_boxes_need_fewer_passes(monkeypatch):
             passes[0] += answer.stats["decode_passes"]
             passes[1] += wanted.stats["decode_passes"]
     assert passes[1] > 1.5 * passes[0]
+
+
+def test_the_command_compares_both_ways():
+    found = measure("nano", 1, always=True)
+    assert found["questions"] == 10 and found["different"] == 0
+    assert found["tokens_per_pass"] > 1.2 and found["plain_ms"] > 0 < found["drafted_ms"]
 
 
 def test_verify_refuses_what_it_cannot_take(tiny):

@@ -3,12 +3,12 @@
 import copy
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from html_page import Page
 
 from migician.bench.cli import command
 from migician.bench.latency.figures import Curve, curves, duration
@@ -62,30 +62,6 @@ def run() -> dict[str, Any]:
         "missing": [{"engine": "onnxruntime", "why": "not there"}],
         "cases": [case(1, peer=True), case(2), case(4), case(1, 1280, 960)],
     }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed where it was opened, and collects what could leave the page."""
-
-    VOID = frozenset({"meta", "br", "wbr", "line", "circle", "polyline", "path", "rect", "polygon"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.outside: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "link", "iframe", "img") or any(name in ("src", "href") for name, _ in attrs):
-            self.outside.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag, tag
 
 
 def test_the_page_has_every_part_and_needs_nothing_else(run: dict[str, Any]) -> None:

@@ -2,12 +2,12 @@
 
 import math
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 
 from migician.export.report import iou_change, render_report, write_report
 from migician.runtime.charts import Line, bar, bounds, line_chart, shares
@@ -15,7 +15,6 @@ from migician.runtime.errors import ModelFileError
 
 MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 BLOCKS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-VOID = {"meta", "wbr"}
 
 
 def make_layers(layers: int, depth: int, *, calibrated: bool = True) -> list[dict[str, Any]]:
@@ -72,37 +71,6 @@ def make_report(count: int = 28, depth: int = 32, **changes: Any) -> dict[str, A
         "machine": 'EPYC "Milan" <16>',
     }
     return {**report, **changes}
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed in order; keeps tags, attributes and visible words."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words += f" {data.strip()}"
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

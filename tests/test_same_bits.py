@@ -83,10 +83,12 @@ def _write_down(path, source, question):
         file.write(struct.pack("<if", NEW_TOKENS, checkpoint.repetition_penalty))
 
 
-def _replay(program, path, isa):
-    done = subprocess.run([*program, path, isa], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+def _replay(path, programs):
+    """What each of the programs says about one question; they run side by side."""
+    running = [subprocess.Popen([*p, path, isa], stdout=subprocess.PIPE, text=True) for p, isa in programs]
+    said = [process.communicate(timeout=600)[0].split() for process in running]
+    assert [process.returncode for process in running] == [0] * len(running)
+    return said
 
 
 @pytest.mark.skipif(
@@ -97,8 +99,10 @@ def test_aarch64_gives_the_same_bits(nano, tmp_path):
     _write_down(tmp_path / "question", nano, _question())
     made = ["native", "aarch64"]
     subprocess.run(["make", "-s", "-C", C_TESTS, *(f"build/{kind}/replay" for kind in made)], check=True)
-    want = _replay([C_TESTS / "build/native/replay"], tmp_path / "question", "scalar")
+    qemu = ["qemu-aarch64", "-cpu", "max", C_TESTS / "build/aarch64/replay"]
+    sets = ("neon", "neon-dotprod", "neon-i8mm")
+    programs = [([C_TESTS / "build/native/replay"], "scalar"), *((qemu, isa) for isa in sets)]
+    want, *others = _replay(tmp_path / "question", programs)
     assert len(want) == 2 * NEW_TOKENS
-    for isa in ("neon", "neon-dotprod", "neon-i8mm"):
-        got = _replay(["qemu-aarch64", "-cpu", "max", C_TESTS / "build/aarch64/replay"], tmp_path / "question", isa)
+    for isa, got in zip(sets, others, strict=True):
         assert got == want, isa

@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ from .stream import HELD_OUT_SEED, check_seed
 from .tasks import sample
 from .wordings import EASY_TASKS, TASKS
 
-__all__ = ["HeldOut", "held_out", "write_dataset"]
+__all__ = ["HeldOut", "held_out", "whole_folder", "write_dataset", "write_records"]
 
 _QUESTIONS_PER_SET = 2
 _ALL_TASKS = (*TASKS, *EASY_TASKS)
@@ -62,6 +63,36 @@ def _questions(
     return items[:n]
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which gets its name when the block has ended well and goes when it has not.
+
+    Raises FileExistsError when a folder of that name is there and not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: already there and not empty; choose another folder or delete it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp made it private
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a list of records as JSON and waits until it is on the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(records, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_dataset(
     folder: str | Path,
     per_task: int,
@@ -79,31 +110,15 @@ def write_dataset(
     """
     check_seed(seed)
     indices = {task: _task_index(task) for task in tasks}
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: already there and not empty; choose another folder or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp made it private
+    with whole_folder(Path(folder)) as partial:
         (partial / "images").mkdir()
         records = []
         for task, index in indices.items():
             # Three words, the last not 0: numpy pads seeds with zeros, and [seed, index] is a batch of a stream
             rng = np.random.default_rng([seed, 0, 1 + index])
             records += _write_task(partial, task, _questions(rng, task, per_task, size, max_images, difficulty))
-        with open(partial / "scenes.json", "w", encoding="utf-8") as file:
-            json.dump(records, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder / "scenes.json"
+        write_records(partial / "scenes.json", records)
+    return Path(folder) / "scenes.json"
 
 
 def _write_task(folder: Path, task: str, items: Sequence[HeldOut]) -> list[dict]:

@@ -8,18 +8,14 @@ As in the published data, answer is [x1, y1, x2, y2] in 0..1 with three decimals
 (group_grounding) or repeats the bare question (reasoning), and need_format is false where the data has it so.
 """
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .dataset import HeldOut, held_out
+from .dataset import HeldOut, held_out, whole_folder, write_records
 from .layout import Question
 from .wordings import TASKS, WORDINGS
 
@@ -42,33 +38,11 @@ def write_mig_bench(folder: str | os.PathLike[str], per_task: int, *, tasks: Seq
         raise ValueError(f"{', '.join(map(repr, unknown)) or 'no task'}: choose from {', '.join(TASKS)}")
     if per_task < 1:
         raise ValueError(f"{per_task} questions of each task; ask for at least 1")
-    with _whole(Path(folder)) as partial:
+    with whole_folder(Path(folder)) as partial:
         (partial / "images").mkdir()
         records = [record for task in dict.fromkeys(tasks) for record in _task(partial, task, per_task)]
-        with open(partial / FILE_NAME, "w", encoding="utf-8") as file:
-            json.dump(records, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_records(partial / FILE_NAME, records)
     return Path(folder) / FILE_NAME
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name when the block has ended well and goes when it has not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: already there and not empty; choose another folder or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp made it private
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _task(folder: Path, task: str, count: int) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@
  * registers, once for all of them.
  *
  * A row's result depends neither on the rows beside it nor on where its block begins: keys past the last visible one are
- * -INFINITY up to a whole number of the widest vectors, so that exp always takes the same way, and add zeros.
+ * -INFINITY and add zeros.
  */
 #include "internal.h"
 
@@ -18,7 +18,6 @@
 enum {
     Q_BLOCK = 192,
     KEY_BLOCK = 128,  /* a multiple of every table's nr and of MIGI_K_STEP */
-    WHOLE = 16,       /* floats of the widest vector */
     FEW_QUERIES = MIGI_FEW_ROWS,
     FEW_KEYS = 256,   /* keys of a block then */
     MAX_SHARE = 16,   /* query heads of a task then */
@@ -286,13 +285,13 @@ static void query_block(void *arg, int task, int worker)
     }
     memset(r.out, 0, (size_t)rows * s * sizeof *r.out);
     for (int k0 = 0; k0 < visible; k0 += KEY_BLOCK) {
-        int n = min_int(KEY_BLOCK, visible - k0), whole = (n + WHOLE - 1) / WHOLE * WHOLE;
+        int n = min_int(KEY_BLOCK, visible - k0);
         block_scores(c, &r, kv, k0, n, rows);
         for (int i = 0; i < rows; i++) {
             float *row = r.scores + (size_t)i * KEY_BLOCK;
             int seen = a->causal ? behind + q0 + i + 1 - k0 : n;
-            for (int j = seen < 0 ? 0 : min_int(seen, n); j < whole; j++) row[j] = -INFINITY;
-            float down = fold(k, row, whole, &r.max[i], &r.sum[i]);
+            for (int j = seen < 0 ? 0 : min_int(seen, n); j < n; j++) row[j] = -INFINITY;
+            float down = fold(k, row, n, &r.max[i], &r.sum[i]);
             if (k0) k->scale(r.out + (size_t)i * s, a->size, down);
         }
         block_values(c, &r, kv, k0, n, rows);

@@ -1,4 +1,4 @@
-/* replay.c - answers one question that a Python test has written down: replay FILE ISA [threads]
+/* replay.c - answers one question that a Python test has written down: replay FILE ISA
  *
  * FILE, in this machine's own layout (both of ours are 64-bit little-endian):
  *   migi_config, then i32 tensors; each: i32 name bytes, name, i32 dtype, i32 rank, i64 shape[5], i64 bytes, data
@@ -56,14 +56,14 @@ int main(int argc, char **argv)
     migi_pool *pool;
     migi_model *model;
     migi_session *session;
-    need(argc >= 3, "give FILE and ISA");
+    need(argc == 3, "give FILE and ISA");
     FILE *f = fopen(argv[1], "rb");
     need(f != NULL, "the file cannot be opened");
     migi_config *config = take(f, sizeof *config);
     int32_t count = take_int(f);
     need(count <= MOST, "too many tensors");
     for (int i = 0; i < count; i++) tensors[i] = take_tensor(f);
-    need(migi_pool_new(&pool, argc > 3 ? atoi(argv[3]) : 1, argv[2], &err) == MIGI_OK, err.message);
+    need(migi_pool_new(&pool, 1, argv[2], &err) == MIGI_OK, err.message);
     need(migi_model_new(&model, config, tensors, (size_t)count, &err) == MIGI_OK, err.message);
     need(migi_session_new(&session, model, pool, NULL, &err) == MIGI_OK, err.message);
     int32_t shown = take_int(f);

@@ -125,10 +125,6 @@ static void prefixes(const migi_model *model, rig *r, const char *isa, int fp32)
     close_rig(&other);
 }
 
-#ifndef QUICK
-#define QUICK 0 /* 1 under sanitizers and emulators, where the best table alone is slow enough */
-#endif
-
 static void same_bits(const weights *w, const char *kind)
 {
     migi_model *model;

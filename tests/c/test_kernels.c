@@ -381,7 +381,7 @@ static void integers(const migi_kernels *t)
 static void multiply_adds(void)
 {
     int wrong = 0;
-    for (int i = 0; i < 2000000; i++) {
+    for (int i = 0; i < (QUICK ? 100000 : 2000000); i++) {
         float a = ldexpf(noise(), (int)(bits() % 60) - 30), b = ldexpf(noise(), (int)(bits() % 60) - 30), c = ldexpf(noise(), (int)(bits() % 120) - 60);
         if (i % 4 == 0) c = ldexpf(a * b, (int)(bits() % 50) - 25); /* sums that nearly cancel, or end beside a tie */
         if (i % 4 == 1) a = 1.f + ldexpf((float)(bits() % 8), -23), b = 1.f + ldexpf((float)(bits() % 8), -23), c = ldexpf(bits() & 1 ? 1.f : -1.f, -(int)(bits() % 80));
