@@ -33,7 +33,7 @@ _PRIORS = (0.97, 0.6, 0.35, 0.8, 0.3, 0.2, 0.4)  # how often a kind comes true b
 
 _TRIES = 4  # passes of one size before its time is believed
 _TRIAL_ANSWERS = 6  # drafted and plain in turns before the faster way is chosen
-_RETRY_ANSWERS = 32  # every so many answers the other way is tried again
+_RETRY_ANSWERS = 32  # until the other way is tried again; twice as long each time that nothing changed
 _TELLING_TOKENS = 8  # an answer needs so many to count
 _MEMORY_TOKENS = 4096  # of earlier answers; the older half leaves when it is full
 _BREAK = -1  # stands between answers: no phrase runs across
@@ -204,6 +204,8 @@ class Turns:
     def __init__(self) -> None:
         self._answers = 0
         self._seconds: dict[bool, float] = {}  # of a token, drafted or not, as of late
+        self._faster: bool | None = None  # what was chosen last
+        self._wait = self._left = 0  # answers from one retry to the next, and until the next
 
     def drafted(self) -> bool:
         """Decides for the next answer: both ways in turns first, then the faster, now and then the other."""
@@ -211,7 +213,13 @@ class Turns:
         if self._answers <= _TRIAL_ANSWERS or len(self._seconds) < 2:
             return self._answers % 2 == 1
         faster = self._seconds[True] * 1.03 <= self._seconds[False]  # following an answer costs a little as well
-        return faster != (self._answers % _RETRY_ANSWERS == 0)
+        if faster != self._faster:
+            self._faster, self._wait, self._left = faster, _RETRY_ANSWERS, _RETRY_ANSWERS
+        self._left -= 1
+        if self._left:
+            return faster
+        self._wait = self._left = 2 * self._wait
+        return not faster
 
     def took(self, drafted: bool, tokens: int, seconds: float) -> None:
         """Notes one answer; very short ones say little."""
@@ -252,15 +260,17 @@ class Draft:
 
     def __init__(self, speculator: Speculator, prompt: Sequence[int]) -> None:
         self._speculator = speculator
-        self._phrases = Phrases(prompt)
+        self._drafted = speculator.turns.drafted()  # if not, nothing is kept track of either
+        self._phrases = Phrases(prompt if self._drafted else ())
         self._answer_at = max(0, len(prompt) - 2)  # the template's last words, known to every answer, lead into it
         self._state = _OUTSIDE
-        self._drafted = speculator.turns.drafted()
         self._tokens, self._seconds = 0, 0.0  # that the passes brought, and took
         self.guessed = self.true = 0
 
     def push(self, token: int) -> None:
         """Takes the answer's next token."""
+        if not self._drafted:
+            return
         self._state = self._speculator.grammar.step(self._state, token)
         self._phrases.push(token)
 
@@ -316,9 +326,10 @@ class Draft:
         self._speculator.pace.came(kinds, true)
 
     def finish(self) -> None:
-        """Ends the answer and keeps its phrases for later ones."""
+        """Ends the answer and keeps a drafted one's phrases for later ones."""
         self._speculator.turns.took(self._drafted, self._tokens, self._seconds)
-        self._speculator.remember(self._phrases.tokens[self._answer_at :])
+        if self._drafted:
+            self._speculator.remember(self._phrases.tokens[self._answer_at :])
 
 
 def _follow(run: tuple[list[int], int], tokens: Sequence[int]) -> tuple[list[int], int] | None:

@@ -1,9 +1,10 @@
 /* attention.c - attention in blocks with a running softmax (FlashAttention, arXiv 2205.14135): never a T x T buffer.
  *
- * Many queries: one task is one head and one block of queries. Per block of keys: scores = q k^T through the product kernels,
- * a new maximum and sum per row, the output so far scaled down to it, plus probabilities times v. Keys and values kept as
- * half floats are widened block by block. A session that rounds activations to bf16 anyway rounds q, k, v and the
- * probabilities too, where the table multiplies bf16 faster; sums, maxima and exp stay float.
+ * Many queries: one task is one head and up to TASK_QUERIES queries. A block of keys and values is packed once for all of
+ * them (and widened, if half floats); then, per block of queries: scores = q k^T through the product kernels, a new maximum
+ * and sum per row, the output so far scaled down to it, plus probabilities times v. A session that rounds activations to
+ * bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16 faster; sums, maxima and exp stay
+ * float.
  * Few queries (decode): a task is some query heads of one key/value head and all queries; half floats are widened in
  * registers, once for all of them.
  *
@@ -16,7 +17,9 @@
 #include <string.h>
 
 enum {
-    Q_BLOCK = 192,
+    Q_BLOCK = 192,    /* queries whose scores are kept at a time */
+    TASK_QUERIES = MIGI_CHUNK,
+    TASKS = 4,        /* for every thread */
     KEY_BLOCK = 128,  /* a multiple of every table's nr and of MIGI_K_STEP */
     FEW_QUERIES = MIGI_FEW_ROWS,
     FEW_KEYS = 256,   /* keys of a block then */
@@ -26,8 +29,8 @@ enum {
 typedef struct call {
     workspace *ws;
     const attention *a;
-    int blocks; /* of queries */
-    int share;  /* query heads of a task when queries are few */
+    int part, parts; /* queries of a task; tasks of a head */
+    int share;       /* query heads of a task when queries are few */
     float factor;
 } call;
 
@@ -43,7 +46,8 @@ static size_t padded_size(const migi_kernels *k, int size)
 size_t migi_attention_scratch(const migi_kernels *k, int size)
 {
     size_t s = padded_size(k, size);
-    size_t many = Q_BLOCK * KEY_BLOCK + 2 * Q_BLOCK * s + 3 * KEY_BLOCK * s + 2 * Q_BLOCK + (Q_BLOCK + s) * KEY_BLOCK / 2 + Q_BLOCK * s / 2;
+    size_t halves = Q_BLOCK * KEY_BLOCK + TASK_QUERIES * s + KEY_BLOCK * s;
+    size_t many = Q_BLOCK * KEY_BLOCK + 2 * TASK_QUERIES * s + 3 * KEY_BLOCK * s + 2 * TASK_QUERIES + halves / 2;
     size_t few = MAX_SHARE * FEW_QUERIES * (FEW_KEYS + 2 * (size_t)size + 2);
     return sizeof(float) * larger(many, few);
 }
@@ -147,10 +151,10 @@ static int shared_heads(const attention *a, int threads)
 
 /* ---- many queries */
 
-/* A worker's room: all floats but what is said. s: the padded head size. */
+/* A worker's room: all floats but what is said. T: TASK_QUERIES, s: the padded head size. */
 typedef struct room {
-    float *scores, *q, *out, *keys, *values, *wide, *max, *sum; /* [Q][KEYS], [Q][s], [Q][s], panels, panels, [KEYS][s], [Q], [Q] */
-    uint16_t *p_half, *q_half, *wide_half;                      /* bf16 [Q][KEYS], [Q][s], [KEYS][s] */
+    float *scores, *q, *out, *keys, *values, *wide, *max, *sum; /* [Q][KEYS], [T][s], [T][s], panels, panels, [KEYS][s], [T], [T] */
+    uint16_t *p_half, *q_half, *wide_half;                      /* bf16 [Q][KEYS], [T][s], [KEYS][s] */
     size_t s;
 } room;
 
@@ -159,15 +163,15 @@ static room make_room(const call *c, int worker)
     room r = {.s = padded_size(c->ws->k, c->a->size)};
     r.scores = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
     r.q = r.scores + Q_BLOCK * KEY_BLOCK;
-    r.out = r.q + Q_BLOCK * r.s;
-    r.keys = r.out + Q_BLOCK * r.s;
+    r.out = r.q + TASK_QUERIES * r.s;
+    r.keys = r.out + TASK_QUERIES * r.s;
     r.values = r.keys + KEY_BLOCK * r.s;
     r.wide = r.values + KEY_BLOCK * r.s;
     r.max = r.wide + KEY_BLOCK * r.s;
-    r.sum = r.max + Q_BLOCK;
-    r.p_half = (uint16_t *)(void *)(r.sum + Q_BLOCK);
+    r.sum = r.max + TASK_QUERIES;
+    r.p_half = (uint16_t *)(void *)(r.sum + TASK_QUERIES);
     r.q_half = r.p_half + Q_BLOCK * KEY_BLOCK;
-    r.wide_half = r.q_half + Q_BLOCK * r.s;
+    r.wide_half = r.q_half + TASK_QUERIES * r.s;
     return r;
 }
 
@@ -214,67 +218,101 @@ static void pack_value_pairs(const migi_kernels *k, uint32_t *panels, const uint
     }
 }
 
-/* scores[rows][KEY_BLOCK] = q k^T for the keys [first, first + n) of one head, through packed panels */
-static void block_scores(const call *c, const room *r, size_t kv, int first, int n, int rows)
+/* panels <- the keys [first, first + n) of one head */
+static void pack_block_keys(const call *c, const room *r, size_t kv, int first, int n)
 {
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
     size_t ld;
     const float *side = as_floats(c, a->k, kv, first, n, r->wide, &ld);
-    memset(r->scores, 0, (size_t)rows * KEY_BLOCK * sizeof *r->scores);
     if (!c->ws->bf16) {
-        for (int j = 0; j < n; j += k->nr) {
-            k->pack_f32(r->keys, side + (size_t)j * ld, ld, min_int(k->nr, n - j), a->size);
-            k->gemm_f32(r->scores + j, KEY_BLOCK, r->q, r->s, r->keys, rows, min_int(k->nr, n - j), a->size);
-        }
+        for (int j = 0; j < n; j += k->nr)
+            k->pack_f32(r->keys + (size_t)j * r->s, side + (size_t)j * ld, ld, min_int(k->nr, n - j), a->size);
         return;
     }
     int padded = (int)migi_padded((size_t)a->size);
     for (int i = 0; i < n; i++) k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
-    for (int j = 0; j < n; j += k->nr_bf16) {
-        uint32_t *panel = (uint32_t *)(void *)r->keys;
-        k->pack_pairs(panel, r->wide_half + (size_t)j * r->s, r->s, min_int(k->nr_bf16, n - j), a->size, padded);
-        k->gemm_bf16(r->scores + j, KEY_BLOCK, r->q_half, r->s, panel, rows, min_int(k->nr_bf16, n - j), padded);
-    }
+    for (int j = 0; j < n; j += k->nr_bf16)
+        k->pack_pairs((uint32_t *)(void *)(r->keys + (size_t)j * r->s), r->wide_half + (size_t)j * r->s, r->s,
+                      min_int(k->nr_bf16, n - j), a->size, padded);
 }
 
-/* out[rows][s] += scores times the values of the keys [first, first + n) */
-static void block_values(const call *c, const room *r, size_t kv, int first, int n, int rows)
+static void pack_block_values(const call *c, const room *r, size_t kv, int first, int n)
 {
     const attention *a = c->a;
-    const migi_kernels *k = c->ws->k;
     size_t ld;
     const float *side = as_floats(c, a->v, kv, first, n, r->wide, &ld);
     if (!c->ws->bf16) {
-        pack_values(k, r->values, side, ld, n, a->size);
-        for (int j = 0; j < a->size; j += k->nr)
-            k->gemm_f32(r->out + j, r->s, r->scores, KEY_BLOCK, r->values + (size_t)j * KEY_BLOCK, rows, min_int(k->nr, a->size - j), n);
+        pack_values(c->ws->k, r->values, side, ld, n, a->size);
         return;
     }
-    int padded = (int)migi_padded((size_t)n);
-    for (int i = 0; i < n; i++) k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
+    for (int i = 0; i < n; i++) c->ws->k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
+    pack_value_pairs(c->ws->k, (uint32_t *)(void *)r->values, r->wide_half, r->s, n, (int)migi_padded((size_t)n), a->size);
+}
+
+/* scores[rows][KEY_BLOCK] = q k^T of the task's queries from `row` on and the n packed keys */
+static void block_scores(const call *c, const room *r, int row, int rows, int n)
+{
+    const migi_kernels *k = c->ws->k;
+    size_t at = (size_t)row * r->s;
+    memset(r->scores, 0, (size_t)rows * KEY_BLOCK * sizeof *r->scores);
+    int nr = c->ws->bf16 ? k->nr_bf16 : k->nr, padded = (int)migi_padded((size_t)c->a->size);
+    for (int j = 0; j < n; j += nr) {
+        const float *panel = r->keys + (size_t)j * r->s;
+        int cols = min_int(nr, n - j);
+        if (c->ws->bf16)
+            k->gemm_bf16(r->scores + j, KEY_BLOCK, r->q_half + at, r->s, (const uint32_t *)(const void *)panel, rows, cols, padded);
+        else
+            k->gemm_f32(r->scores + j, KEY_BLOCK, r->q + at, r->s, panel, rows, cols, c->a->size);
+    }
+}
+
+/* out[rows][s] of the task's queries from `row` on += scores times the n packed values */
+static void block_values(const call *c, const room *r, int row, int rows, int n)
+{
+    const migi_kernels *k = c->ws->k;
+    int size = c->a->size, padded = (int)migi_padded((size_t)n);
+    float *out = r->out + (size_t)row * r->s;
+    if (!c->ws->bf16) {
+        for (int j = 0; j < size; j += k->nr)
+            k->gemm_f32(out + j, r->s, r->scores, KEY_BLOCK, r->values + (size_t)j * KEY_BLOCK, rows, min_int(k->nr, size - j), n);
+        return;
+    }
     for (int i = 0; i < rows; i++) {
         uint16_t *to = r->p_half + i * KEY_BLOCK;
         k->round_bf16(to, r->scores + i * KEY_BLOCK, (size_t)n);
         memset(to + n, 0, (size_t)(padded - n) * sizeof *to);
     }
-    uint32_t *panels = (uint32_t *)(void *)r->values;
-    pack_value_pairs(k, panels, r->wide_half, r->s, n, padded, a->size);
-    for (int j = 0; j < a->size; j += k->nr_bf16)
-        k->gemm_bf16(r->out + j, r->s, r->p_half, KEY_BLOCK, panels + (size_t)j * (KEY_BLOCK / 2), rows,
-                     min_int(k->nr_bf16, a->size - j), padded);
+    const uint32_t *panels = (const uint32_t *)(const void *)r->values;
+    for (int j = 0; j < size; j += k->nr_bf16)
+        k->gemm_bf16(out + j, r->s, r->p_half, KEY_BLOCK, panels + (size_t)j * (KEY_BLOCK / 2), rows, min_int(k->nr_bf16, size - j), padded);
 }
 
-static void query_block(void *arg, int task, int worker)
+/* The task's queries from `row` on meet the packed keys [k0, k0 + n); `before`: keys ahead of the first of these queries. */
+static void meet_keys(const call *c, const room *r, int row, int rows, int k0, int n, int before)
+{
+    const migi_kernels *k = c->ws->k;
+    block_scores(c, r, row, rows, n);
+    for (int i = 0; i < rows; i++) {
+        float *scores = r->scores + (size_t)i * KEY_BLOCK;
+        int seen = c->a->causal ? before + i + 1 - k0 : n;
+        for (int j = seen < 0 ? 0 : min_int(seen, n); j < n; j++) scores[j] = -INFINITY;
+        float down = fold(k, scores, n, &r->max[row + i], &r->sum[row + i]);
+        if (k0) k->scale(r->out + (size_t)(row + i) * r->s, c->a->size, down);
+    }
+    block_values(c, r, row, rows, n);
+}
+
+static void many_queries(void *arg, int task, int worker)
 {
     const call *c = arg;
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
     room r = make_room(c, worker);
-    int head = task / c->blocks, q0 = task % c->blocks * Q_BLOCK, rows = min_int(Q_BLOCK, a->queries - q0);
+    int head = task / c->parts, q0 = task % c->parts * c->part, rows = min_int(c->part, a->queries - q0);
     size_t s = r.s, size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head;
-    int behind = a->keys - a->queries; /* keys before the first query */
-    int visible = a->causal ? behind + q0 + rows : a->keys;
+    int before = a->keys - a->queries + q0; /* keys before the task's first query */
+    int visible = a->causal ? before + rows : a->keys, part = even_part(rows, Q_BLOCK);
     for (int i = 0; i < rows; i++) {
         memcpy(r.q + (size_t)i * s, a->q + (size_t)(q0 + i) * a->ldq + (size_t)head * size, size * sizeof *r.q);
         k->scale(r.q + (size_t)i * s, a->size, c->factor);
@@ -286,15 +324,13 @@ static void query_block(void *arg, int task, int worker)
     memset(r.out, 0, (size_t)rows * s * sizeof *r.out);
     for (int k0 = 0; k0 < visible; k0 += KEY_BLOCK) {
         int n = min_int(KEY_BLOCK, visible - k0);
-        block_scores(c, &r, kv, k0, n, rows);
-        for (int i = 0; i < rows; i++) {
-            float *row = r.scores + (size_t)i * KEY_BLOCK;
-            int seen = a->causal ? behind + q0 + i + 1 - k0 : n;
-            for (int j = seen < 0 ? 0 : min_int(seen, n); j < n; j++) row[j] = -INFINITY;
-            float down = fold(k, row, n, &r.max[i], &r.sum[i]);
-            if (k0) k->scale(r.out + (size_t)i * s, a->size, down);
+        pack_block_keys(c, &r, kv, k0, n);
+        pack_block_values(c, &r, kv, k0, n);
+        for (int i = 0; i < rows; i += part) {
+            int some = min_int(part, rows - i);
+            if (a->causal && before + i + some <= k0) continue; /* none of these sees a key of the block */
+            meet_keys(c, &r, i, some, k0, n, before + i);
         }
-        block_values(c, &r, kv, k0, n, rows);
     }
     for (int i = 0; i < rows; i++) {
         float *to = a->out + (size_t)(q0 + i) * a->ldo + (size_t)head * size;
@@ -303,13 +339,24 @@ static void query_block(void *arg, int task, int worker)
     }
 }
 
+/* Queries of a task: many share the packing, but every thread wants a few tasks. */
+static int task_queries(const attention *a, int threads)
+{
+    int part = even_part(a->queries, TASK_QUERIES);
+    while (part > Q_BLOCK && a->heads * ((a->queries + part - 1) / part) < TASKS * threads) part -= MIGI_TILE_ROWS;
+    return part;
+}
+
 void migi_attend(workspace *ws, const attention *a)
 {
-    call c = {.ws = ws, .a = a, .blocks = (a->queries + Q_BLOCK - 1) / Q_BLOCK, .factor = 1.f / sqrtf((float)a->size)};
+    call c = {.ws = ws, .a = a, .factor = 1.f / sqrtf((float)a->size)};
+    int threads = migi_pool_threads(ws->pool);
     if (a->queries > FEW_QUERIES) {
-        migi_pool_run(ws->pool, query_block, &c, a->heads * c.blocks);
+        c.part = task_queries(a, threads);
+        c.parts = (a->queries + c.part - 1) / c.part;
+        migi_pool_run(ws->pool, many_queries, &c, a->heads * c.parts);
         return;
     }
-    c.share = shared_heads(a, migi_pool_threads(ws->pool));
+    c.share = shared_heads(a, threads);
     migi_pool_run(ws->pool, few_queries_task, &c, a->heads / c.share);
 }

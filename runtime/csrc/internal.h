@@ -13,6 +13,15 @@
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 
+/* Rows in each of the fewest parts of at most `most`, alike in size, whole tiles on every table: a short last part would take
+ * as long to pack weights or keys for as a long one. */
+enum { MIGI_TILE_ROWS = 48 };
+static inline int even_part(int rows, int most)
+{
+    int parts = (rows + most - 1) / most, part = (rows + parts - 1) / parts;
+    return min_int(most, (part + MIGI_TILE_ROWS - 1) / MIGI_TILE_ROWS * MIGI_TILE_ROWS);
+}
+
 /* ---- errors */
 
 migi_status migi_fail(migi_error *err, migi_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));

@@ -105,7 +105,7 @@ typedef struct migi_kernels {
     void (*gelu)(float *x, int n);
     /* rotates planes (x[i], x[i + half]) by the angle whose cosine and sine are given; half = head_dim / 2 */
     void (*rope)(float *x, const float *cosine, const float *sine, int half);
-    /* s = exp(s - max), within 2 ULP, 0 below -87; returns the sum */
+    /* s = exp(s - max), within 2 ULP, 0 below -87; no s is above max + 88; returns the sum */
     float (*exp_sum)(float *s, int n, float max);
     float (*max)(const float *s, int n);
     /* x *= f */

@@ -67,10 +67,11 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
 {
     size_t kp = migi_padded_int8((size_t)w->cols), first = (size_t)n0 / MIGI_BLOCK, line = kp * MIGI_BLOCK;
     size_t groups = w->group ? kp / (size_t)w->group * MIGI_BLOCK : 0;
+    int part = even_part(rows, M_BLOCK_INT);
     if (w->dtype == MIGI_U8 && rows <= k->i4_rows) {
         migi_int4 from = {(const uint8_t *)w->data + first * line / 2, w->factors + first * groups, line / 2, groups, w->group};
-        for (int r = 0; r < rows; r += M_BLOCK_INT)
-            k->gemm_i4(sums + (size_t)r * ld, ld, a + (size_t)r * kp, kp, &from, min_int(M_BLOCK_INT, rows - r), n, (int)kp);
+        for (int r = 0; r < rows; r += part)
+            k->gemm_i4(sums + (size_t)r * ld, ld, a + (size_t)r * kp, kp, &from, min_int(part, rows - r), n, (int)kp);
         return;
     }
     int step = block_depth(w);
@@ -81,8 +82,8 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
             k->expand_i4(wide + b * ldw, (const uint8_t *)w->data + ((first + b) * line + at) / 2,
                          w->factors + (first + b) * groups + at / (size_t)w->group, w->group, depth);
         const int8_t *from = w->dtype == MIGI_I8 ? (const int8_t *)w->data + first * line + at : wide;
-        for (int r = 0; r < rows; r += M_BLOCK_INT)
-            k->gemm_i8(sums + (size_t)r * ld, ld, a + (size_t)r * kp + k0, kp, from, ldw, min_int(M_BLOCK_INT, rows - r), n, depth);
+        for (int r = 0; r < rows; r += part)
+            k->gemm_i8(sums + (size_t)r * ld, ld, a + (size_t)r * kp + k0, kp, from, ldw, min_int(part, rows - r), n, depth);
     }
 }
 

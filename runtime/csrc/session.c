@@ -360,8 +360,7 @@ migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t co
     int cell;
     for (int i = 0; i < keep; i++) walk(&w, c->image_token, tokens[i], &cell);
     while (s->length < count) {
-        int first = s->length, left = count - first, rows = min_int(left, MIGI_CHUNK);
-        if (left > rows && left - rows <= MIGI_VERIFY_ROWS) rows -= MIGI_VERIFY_ROWS; /* no chunk of few rows */
+        int first = s->length, left = count - first, rows = min_int(left, even_part(left, MIGI_CHUNK)); /* so no chunk of few rows */
         for (int i = 0; i < rows; i++) {
             const migi_vision *v = walk(&w, c->image_token, tokens[first + i], &cell);
             s->tokens[first + i] = tokens[first + i];

@@ -76,12 +76,13 @@ static void run_block(migi_session *s, const block *l, buffers *b)
 {
     const migi_config *c = &s->model->c;
     size_t d = (size_t)c->v_dim, mlp = (size_t)c->v_mlp;
-    for (int p = 0; p < b->patches; p += MIGI_CHUNK)
+    int chunk = even_part(b->patches, MIGI_CHUNK);
+    for (int p = 0; p < b->patches; p += chunk)
         apply_normed(s, &l->qkv, l->qkv_bias, &l->before_attention, b->x + (size_t)p * d, b, b->qkv + (size_t)p * 3 * d, 3 * d,
-                     min_int(MIGI_CHUNK, b->patches - p), NULL);
+                     min_int(chunk, b->patches - p), NULL);
     migi_pool_run(s->ws.pool, rope_row, &(rope_call){s, b}, b->patches);
-    for (int p = 0; p < b->patches; p += MIGI_CHUNK) {
-        int rows = min_int(MIGI_CHUNK, b->patches - p);
+    for (int p = 0; p < b->patches; p += chunk) {
+        int rows = min_int(chunk, b->patches - p);
         float *x = b->x + (size_t)p * d;
         migi_attend(&s->ws, &(attention){.q = b->qkv + (size_t)p * 3 * d, .ldq = 3 * d, .k = b->qkv + d, .v = b->qkv + 2 * d,
             .ldkv = 3 * d, .kv_head = d / (size_t)c->v_heads, .out = b->h, .ldo = d, .queries = rows, .keys = b->patches,
