@@ -1,10 +1,10 @@
 /* attention.c - attention in blocks with a running softmax (FlashAttention, arXiv 2205.14135): never a T x T buffer.
  *
- * Many queries: one task is one head and up to TASK_QUERIES queries. A block of keys and values is packed once for all of
- * them (and widened, if half floats); then, per block of queries: scores = q k^T through the product kernels, a new maximum
- * and sum per row, the output so far scaled down to it, plus probabilities times v. A session that rounds activations to
- * bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16 faster; sums, maxima and exp stay
- * float.
+ * Many queries: keys and values are packed once for all of them, block by block (and widened, if half floats). Then one task
+ * is one head and up to TASK_QUERIES queries, and per block of keys and of queries: scores = q k^T through the product kernels,
+ * a new maximum and sum per row, the output so far scaled down to it where the maximum grew, plus probabilities times v. A
+ * session that rounds activations to bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16
+ * faster; sums, maxima and exp stay float.
  * Few queries (decode): a task is some query heads of one key/value head and all queries; half floats are widened in
  * registers, once for all of them.
  *
@@ -17,10 +17,10 @@
 #include <string.h>
 
 enum {
-    Q_BLOCK = 192,    /* queries whose scores are kept at a time */
+    Q_BLOCK = 48,    /* queries whose scores are kept at a time */
     TASK_QUERIES = MIGI_CHUNK,
     TASKS = 4,        /* for every thread */
-    KEY_BLOCK = 128,  /* a multiple of every table's nr and of MIGI_K_STEP */
+    KEY_BLOCK = 512,  /* a multiple of every table's nr and of MIGI_K_STEP */
     FEW_QUERIES = MIGI_FEW_ROWS,
     FEW_KEYS = 256,   /* keys of a block then */
     MAX_SHARE = 16,   /* query heads of a task then */
@@ -31,6 +31,7 @@ typedef struct call {
     const attention *a;
     int part, parts; /* queries of a task; tasks of a head */
     int share;       /* query heads of a task when queries are few */
+    size_t s;        /* a head's size for panels of any kind */
     float factor;
 } call;
 
@@ -40,26 +41,28 @@ static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static size_t padded_size(const migi_kernels *k, int size)
 {
     size_t nr = (size_t)(k->nr > k->nr_bf16 ? k->nr : k->nr_bf16);
-    return larger(((size_t)size + nr - 1) / nr * nr, migi_padded((size_t)size));
+    return larger(((size_t)size + nr - 1) / nr * nr, migi_padded(k, (size_t)size));
 }
 
 size_t migi_attention_scratch(const migi_kernels *k, int size)
 {
     size_t s = padded_size(k, size);
-    size_t halves = Q_BLOCK * KEY_BLOCK + TASK_QUERIES * s + KEY_BLOCK * s;
-    size_t many = Q_BLOCK * KEY_BLOCK + 2 * TASK_QUERIES * s + 3 * KEY_BLOCK * s + 2 * TASK_QUERIES + halves / 2;
+    size_t many = Q_BLOCK * KEY_BLOCK + 2 * TASK_QUERIES * s + 2 * TASK_QUERIES + (Q_BLOCK * KEY_BLOCK + TASK_QUERIES * s) / 2;
     size_t few = MAX_SHARE * FEW_QUERIES * (FEW_KEYS + 2 * (size_t)size + 2);
-    return sizeof(float) * larger(many, few);
+    return sizeof(float) * larger(larger(many, few), 2 * KEY_BLOCK * s);
 }
 
-/* Folds scores of one row into its running maximum and sum; returns the factor for what was summed before. */
-static float fold(const migi_kernels *k, float *scores, int n, float *max, float *sum)
+/* Folds scores of one row into its running maximum and sum, and turns them into probabilities: in `half` as bf16, or NULL
+ * and in place. Returns the factor for what was summed before. */
+static float fold(const migi_kernels *k, float *scores, uint16_t *half, int n, float *max, float *sum)
 {
-    float block_max = k->max(scores, n), new_max = block_max > *max ? block_max : *max;
+    float block_max = k->max(scores, n), new_max = block_max > *max ? block_max : *max, down = 1.f;
     if (new_max == -INFINITY) new_max = 0.f; /* nothing visible or NaN: exp gives 0 or NaN, not a trap */
-    float down = *max;
-    k->exp_sum(&down, 1, new_max); /* exp(-INFINITY) is 0 */
-    *sum = *sum * down + k->exp_sum(scores, n, new_max);
+    if (new_max != *max) {
+        down = *max;
+        k->exp_sum(&down, 1, new_max); /* exp(-INFINITY) is 0 */
+    }
+    *sum = *sum * down + (half ? k->exp_bf16(half, scores, n, new_max) : k->exp_sum(scores, n, new_max));
     *max = new_max;
     return down;
 }
@@ -123,9 +126,9 @@ static void few_queries(const call *c, int head, float *scratch)
         few_scores(c, scores, q, kv, k0, rows, n);
         for (int r = 0; r < rows; r++) {
             int visible = seen_keys(c, r, k0, n);
-            float *row = scores + r * FEW_KEYS, down = visible ? fold(k, row, visible, &max[r], &sum[r]) : 1.f;
+            float *row = scores + r * FEW_KEYS, down = visible ? fold(k, row, NULL, visible, &max[r], &sum[r]) : 1.f;
             if (n > visible) memset(row + visible, 0, (size_t)(n - visible) * sizeof *row);
-            if (k0 && visible) k->scale(out + (size_t)r * size, a->size, down);
+            if (k0 && down != 1.f) k->scale(out + (size_t)r * size, a->size, down);
         }
         few_values(c, out, scores, kv, k0, rows, n);
     }
@@ -153,26 +156,35 @@ static int shared_heads(const attention *a, int threads)
 
 /* A worker's room: all floats but what is said. T: TASK_QUERIES, s: the padded head size. */
 typedef struct room {
-    float *scores, *q, *out, *keys, *values, *wide, *max, *sum; /* [Q][KEYS], [T][s], [T][s], panels, panels, [KEYS][s], [T], [T] */
-    uint16_t *p_half, *q_half, *wide_half;                      /* bf16 [Q][KEYS], [T][s], [KEYS][s] */
-    size_t s;
+    float *scores, *q, *out, *max, *sum; /* [Q][KEYS], [T][s], [T][s], [T], [T] */
+    uint16_t *p_half, *q_half;           /* bf16 [Q][KEYS], [T][s] */
 } room;
 
 static room make_room(const call *c, int worker)
 {
-    room r = {.s = padded_size(c->ws->k, c->a->size)};
-    r.scores = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
+    room r = {.scores = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes)};
     r.q = r.scores + Q_BLOCK * KEY_BLOCK;
-    r.out = r.q + TASK_QUERIES * r.s;
-    r.keys = r.out + TASK_QUERIES * r.s;
-    r.values = r.keys + KEY_BLOCK * r.s;
-    r.wide = r.values + KEY_BLOCK * r.s;
-    r.max = r.wide + KEY_BLOCK * r.s;
+    r.out = r.q + TASK_QUERIES * c->s;
+    r.max = r.out + TASK_QUERIES * c->s;
     r.sum = r.max + TASK_QUERIES;
     r.p_half = (uint16_t *)(void *)(r.sum + TASK_QUERIES);
     r.q_half = r.p_half + Q_BLOCK * KEY_BLOCK;
-    r.wide_half = r.q_half + TASK_QUERIES * r.s;
     return r;
+}
+
+/* Bytes of one side, keys or values, of a packed block of one key/value head. */
+static size_t side_bytes(bool bf16, size_t s) { return KEY_BLOCK * s * (bf16 ? sizeof(uint16_t) : sizeof(float)); }
+
+size_t migi_attention_panels(const migi_kernels *k, bool bf16, int kv_heads, int size, int keys)
+{
+    return (size_t)kv_heads * (((size_t)keys + KEY_BLOCK - 1) / KEY_BLOCK) * 2 * side_bytes(bf16, padded_size(k, size));
+}
+
+/* A packed block: its keys, and side_bytes behind them its values. */
+static char *packed_block(const call *c, int kv_head, int number)
+{
+    size_t blocks = ((size_t)c->a->keys + KEY_BLOCK - 1) / KEY_BLOCK;
+    return (char *)c->a->panels + ((size_t)kv_head * blocks + (size_t)number) * 2 * side_bytes(c->ws->bf16, c->s);
 }
 
 /* Rows [first, first + rows) of one head's keys or values as float: in place, or widened to `wide`. *ld: floats per row. */
@@ -218,89 +230,85 @@ static void pack_value_pairs(const migi_kernels *k, uint32_t *panels, const uint
     }
 }
 
-/* panels <- the keys [first, first + n) of one head */
-static void pack_block_keys(const call *c, const room *r, size_t kv, int first, int n)
+/* One block of keys and values of one head: widened if half floats, rounded to bf16 or not, turned to panels. */
+static void pack_block(void *arg, int task, int worker)
 {
+    const call *c = arg;
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
-    size_t ld;
-    const float *side = as_floats(c, a->k, kv, first, n, r->wide, &ld);
-    if (!c->ws->bf16) {
+    int head = task % a->kv_heads, number = task / a->kv_heads, first = number * KEY_BLOCK, n = min_int(KEY_BLOCK, a->keys - first);
+    size_t s = c->s, at = (size_t)head * a->kv_head, ldk, ldv;
+    float *wide = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
+    uint16_t *half = (uint16_t *)(void *)(wide + KEY_BLOCK * s);
+    char *to = packed_block(c, head, number), *to_values = to + side_bytes(c->ws->bf16, s);
+    const float *keys = as_floats(c, a->k, at, first, n, wide, &ldk);
+    if (c->ws->bf16) {
+        for (int i = 0; i < n; i++) k->round_bf16(half + (size_t)i * s, keys + (size_t)i * ldk, (size_t)a->size);
+        for (int j = 0; j < n; j += k->nr_bf16)
+            k->pack_pairs((uint32_t *)(void *)(to + (size_t)j * s * sizeof *half), half + (size_t)j * s, s, min_int(k->nr_bf16, n - j),
+                          a->size, (int)migi_padded(k, (size_t)a->size));
+    } else
         for (int j = 0; j < n; j += k->nr)
-            k->pack_f32(r->keys + (size_t)j * r->s, side + (size_t)j * ld, ld, min_int(k->nr, n - j), a->size);
-        return;
-    }
-    int padded = (int)migi_padded((size_t)a->size);
-    for (int i = 0; i < n; i++) k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
-    for (int j = 0; j < n; j += k->nr_bf16)
-        k->pack_pairs((uint32_t *)(void *)(r->keys + (size_t)j * r->s), r->wide_half + (size_t)j * r->s, r->s,
-                      min_int(k->nr_bf16, n - j), a->size, padded);
+            k->pack_f32((float *)(void *)to + (size_t)j * s, keys + (size_t)j * ldk, ldk, min_int(k->nr, n - j), a->size);
+    const float *values = as_floats(c, a->v, at, first, n, wide, &ldv);
+    if (c->ws->bf16) {
+        for (int i = 0; i < n; i++) k->round_bf16(half + (size_t)i * s, values + (size_t)i * ldv, (size_t)a->size);
+        pack_value_pairs(k, (uint32_t *)(void *)to_values, half, s, n, (int)migi_padded(k, (size_t)n), a->size);
+    } else
+        pack_values(k, (float *)(void *)to_values, values, ldv, n, a->size);
 }
 
-static void pack_block_values(const call *c, const room *r, size_t kv, int first, int n)
-{
-    const attention *a = c->a;
-    size_t ld;
-    const float *side = as_floats(c, a->v, kv, first, n, r->wide, &ld);
-    if (!c->ws->bf16) {
-        pack_values(c->ws->k, r->values, side, ld, n, a->size);
-        return;
-    }
-    for (int i = 0; i < n; i++) c->ws->k->round_bf16(r->wide_half + (size_t)i * r->s, side + (size_t)i * ld, (size_t)a->size);
-    pack_value_pairs(c->ws->k, (uint32_t *)(void *)r->values, r->wide_half, r->s, n, (int)migi_padded((size_t)n), a->size);
-}
-
-/* scores[rows][KEY_BLOCK] = q k^T of the task's queries from `row` on and the n packed keys */
-static void block_scores(const call *c, const room *r, int row, int rows, int n)
+/* scores[rows][KEY_BLOCK] = q k^T of the task's queries from `row` on and n packed keys */
+static void block_scores(const call *c, const room *r, const char *keys, int row, int rows, int n)
 {
     const migi_kernels *k = c->ws->k;
-    size_t at = (size_t)row * r->s;
+    size_t at = (size_t)row * c->s;
     memset(r->scores, 0, (size_t)rows * KEY_BLOCK * sizeof *r->scores);
-    int nr = c->ws->bf16 ? k->nr_bf16 : k->nr, padded = (int)migi_padded((size_t)c->a->size);
+    int nr = c->ws->bf16 ? k->nr_bf16 : k->nr, padded = (int)migi_padded(k, (size_t)c->a->size);
     for (int j = 0; j < n; j += nr) {
-        const float *panel = r->keys + (size_t)j * r->s;
         int cols = min_int(nr, n - j);
         if (c->ws->bf16)
-            k->gemm_bf16(r->scores + j, KEY_BLOCK, r->q_half + at, r->s, (const uint32_t *)(const void *)panel, rows, cols, padded);
+            k->gemm_bf16(r->scores + j, KEY_BLOCK, r->q_half + at, c->s, (const uint32_t *)(const void *)keys + (size_t)j * c->s / 2,
+                         rows, cols, padded);
         else
-            k->gemm_f32(r->scores + j, KEY_BLOCK, r->q + at, r->s, panel, rows, cols, c->a->size);
+            k->gemm_f32(r->scores + j, KEY_BLOCK, r->q + at, c->s, (const float *)(const void *)keys + (size_t)j * c->s, rows, cols,
+                        c->a->size);
     }
 }
 
-/* out[rows][s] of the task's queries from `row` on += scores times the n packed values */
-static void block_values(const call *c, const room *r, int row, int rows, int n)
+/* out[rows][s] of the task's queries from `row` on += probabilities times n packed values */
+static void block_values(const call *c, const room *r, const char *values, int row, int rows, int n)
 {
     const migi_kernels *k = c->ws->k;
-    int size = c->a->size, padded = (int)migi_padded((size_t)n);
-    float *out = r->out + (size_t)row * r->s;
-    if (!c->ws->bf16) {
-        for (int j = 0; j < size; j += k->nr)
-            k->gemm_f32(out + j, r->s, r->scores, KEY_BLOCK, r->values + (size_t)j * KEY_BLOCK, rows, min_int(k->nr, size - j), n);
-        return;
+    int size = c->a->size, nr = c->ws->bf16 ? k->nr_bf16 : k->nr, padded = (int)migi_padded(k, (size_t)n);
+    float *out = r->out + (size_t)row * c->s;
+    for (int j = 0; j < size; j += nr) {
+        int cols = min_int(nr, size - j);
+        if (c->ws->bf16)
+            k->gemm_bf16(out + j, c->s, r->p_half, KEY_BLOCK, (const uint32_t *)(const void *)values + (size_t)j * (KEY_BLOCK / 2),
+                         rows, cols, padded);
+        else
+            k->gemm_f32(out + j, c->s, r->scores, KEY_BLOCK, (const float *)(const void *)values + (size_t)j * KEY_BLOCK, rows, cols, n);
     }
-    for (int i = 0; i < rows; i++) {
-        uint16_t *to = r->p_half + i * KEY_BLOCK;
-        k->round_bf16(to, r->scores + i * KEY_BLOCK, (size_t)n);
-        memset(to + n, 0, (size_t)(padded - n) * sizeof *to);
-    }
-    const uint32_t *panels = (const uint32_t *)(const void *)r->values;
-    for (int j = 0; j < size; j += k->nr_bf16)
-        k->gemm_bf16(out + j, r->s, r->p_half, KEY_BLOCK, panels + (size_t)j * (KEY_BLOCK / 2), rows, min_int(k->nr_bf16, size - j), padded);
 }
 
-/* The task's queries from `row` on meet the packed keys [k0, k0 + n); `before`: keys ahead of the first of these queries. */
-static void meet_keys(const call *c, const room *r, int row, int rows, int k0, int n, int before)
+/* The task's queries from `row` on meet a packed block of the keys [k0, k0 + n); `before`: keys ahead of the first of these
+ * queries. */
+static void meet_keys(const call *c, const room *r, const char *packed, int row, int rows, int k0, int n, int before)
 {
     const migi_kernels *k = c->ws->k;
-    block_scores(c, r, row, rows, n);
+    int padded = (int)migi_padded(k, (size_t)n);
+    block_scores(c, r, packed, row, rows, n);
     for (int i = 0; i < rows; i++) {
         float *scores = r->scores + (size_t)i * KEY_BLOCK;
+        uint16_t *half = c->ws->bf16 ? r->p_half + (size_t)i * KEY_BLOCK : NULL;
         int seen = c->a->causal ? before + i + 1 - k0 : n;
         for (int j = seen < 0 ? 0 : min_int(seen, n); j < n; j++) scores[j] = -INFINITY;
-        float down = fold(k, scores, n, &r->max[row + i], &r->sum[row + i]);
-        if (k0) k->scale(r->out + (size_t)(row + i) * r->s, c->a->size, down);
+        float down = fold(k, scores, half, n, &r->max[row + i], &r->sum[row + i]);
+        if (half) memset(half + n, 0, (size_t)(padded - n) * sizeof *half);
+        if (k0 && down != 1.f) k->scale(r->out + (size_t)(row + i) * c->s, c->a->size, down);
     }
-    block_values(c, r, row, rows, n);
+    block_values(c, r, packed + side_bytes(c->ws->bf16, c->s), row, rows, n);
 }
 
 static void many_queries(void *arg, int task, int worker)
@@ -310,7 +318,7 @@ static void many_queries(void *arg, int task, int worker)
     const migi_kernels *k = c->ws->k;
     room r = make_room(c, worker);
     int head = task / c->parts, q0 = task % c->parts * c->part, rows = min_int(c->part, a->queries - q0);
-    size_t s = r.s, size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head;
+    size_t s = c->s, size = (size_t)a->size;
     int before = a->keys - a->queries + q0; /* keys before the task's first query */
     int visible = a->causal ? before + rows : a->keys, part = even_part(rows, Q_BLOCK);
     for (int i = 0; i < rows; i++) {
@@ -323,13 +331,10 @@ static void many_queries(void *arg, int task, int worker)
     }
     memset(r.out, 0, (size_t)rows * s * sizeof *r.out);
     for (int k0 = 0; k0 < visible; k0 += KEY_BLOCK) {
-        int n = min_int(KEY_BLOCK, visible - k0);
-        pack_block_keys(c, &r, kv, k0, n);
-        pack_block_values(c, &r, kv, k0, n);
+        const char *packed = packed_block(c, head / (a->heads / a->kv_heads), k0 / KEY_BLOCK);
         for (int i = 0; i < rows; i += part) {
-            int some = min_int(part, rows - i);
-            if (a->causal && before + i + some <= k0) continue; /* none of these sees a key of the block */
-            meet_keys(c, &r, i, some, k0, n, before + i);
+            int some = min_int(part, rows - i), n = min_int(KEY_BLOCK, (a->causal ? before + i + some : a->keys) - k0);
+            if (n > 0) meet_keys(c, &r, packed, i, some, k0, n, before + i);
         }
     }
     for (int i = 0; i < rows; i++) {
@@ -349,11 +354,12 @@ static int task_queries(const attention *a, int threads)
 
 void migi_attend(workspace *ws, const attention *a)
 {
-    call c = {.ws = ws, .a = a, .factor = 1.f / sqrtf((float)a->size)};
+    call c = {.ws = ws, .a = a, .factor = 1.f / sqrtf((float)a->size), .s = padded_size(ws->k, a->size)};
     int threads = migi_pool_threads(ws->pool);
     if (a->queries > FEW_QUERIES) {
         c.part = task_queries(a, threads);
         c.parts = (a->queries + c.part - 1) / c.part;
+        migi_pool_run(ws->pool, pack_block, &c, (a->keys + KEY_BLOCK - 1) / KEY_BLOCK * a->kv_heads);
         migi_pool_run(ws->pool, many_queries, &c, a->heads * c.parts);
         return;
     }

@@ -109,7 +109,11 @@ void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, 
 void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n));
 size_t migi_linear_scratch(void);
 /* n padded to what bf16 products, and what integer products read. */
-static inline size_t migi_padded(size_t n) { return (n + MIGI_K_STEP - 1) / MIGI_K_STEP * MIGI_K_STEP; }
+static inline size_t migi_padded(const migi_kernels *k, size_t n)
+{
+    size_t step = (size_t)k->k_bf16;
+    return (n + step - 1) / step * step;
+}
 static inline size_t migi_padded_int8(size_t n) { return (n + MIGI_K_INT8 - 1) / MIGI_K_INT8 * MIGI_K_INT8; }
 /* to[r * step_row + i * step_k] <- w[row + r, k + i], r < rows, i < depth, of a quantized matrix. */
 void migi_dequantize(const matrix *w, int row, int rows, int k, int depth, float *to, size_t step_row, size_t step_k);
@@ -124,15 +128,17 @@ typedef struct attention {
     bool half;
     size_t ldkv;       /* from one token to the next, in elements */
     size_t kv_head;    /* from one key/value head to the next */
-    float *out;
+    float *out; /* may be q */
     size_t ldo;
     int queries, keys; /* with causal, query i sees keys [0, keys - queries + i] */
     int heads, kv_heads, size;
     bool causal;
+    void *panels; /* for more than MIGI_FEW_ROWS queries: migi_attention_panels bytes of room */
 } attention;
 
 void migi_attend(workspace *ws, const attention *a);
 size_t migi_attention_scratch(const migi_kernels *k, int size);
+size_t migi_attention_panels(const migi_kernels *k, bool bf16, int kv_heads, int size, int keys);
 
 /* ---- weights as stored: checked, since a file may be hostile, and bound where they lie */
 
@@ -202,6 +208,7 @@ struct migi_session {
     void *poll_arg;
     void *cache;        /* [layers][k, v][context][kv_heads][head_dim] in IEEE half, or f32 */
     bool half;
+    void *panels;       /* one layer's keys and values as attention reads them */
     int32_t *tokens;    /* [context] */
     uint64_t *pictures; /* [context] serial of the picture a token belongs to, 0 for text */
     int32_t *positions; /* [3][context] */

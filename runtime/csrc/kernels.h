@@ -29,7 +29,7 @@
 
 enum {
     MIGI_MAX_NR = 64,  /* widest panel of any table */
-    MIGI_K_STEP = 32,  /* bf16 rows are padded with zeros to a multiple of this */
+    MIGI_K_STEP = 32,  /* the longest step along k of bf16 products */
     MIGI_K_INT8 = 64,  /* quantized rows are padded with zeros to a multiple of this */
     MIGI_BLOCK = 16,   /* rows of a block of quantized weights */
     MIGI_SUMS = 16,    /* partial sums over a row */
@@ -48,6 +48,7 @@ typedef struct migi_kernels {
     int nr;        /* columns of an f32 panel */
     int bf16_dots; /* 1: gemm_bf16 is faster than gemm_f32 on this instruction set */
     int nr_bf16;   /* columns of a bf16 panel */
+    int k_bf16;    /* bf16 rows are padded with zeros to a multiple of this, which divides MIGI_K_STEP */
     int i4_rows;   /* more rows than this are multiplied faster by expand_i4 and gemm_i8 than by gemm_i4 */
 
     /* panel <- rows w[0..rows) x k, rows <= nr */
@@ -60,7 +61,7 @@ typedef struct migi_kernels {
     void (*round_bf16)(uint16_t *dst, const float *src, size_t n);
     /* bf16 panel <- rows w[0..rows) x k, rows <= nr_bf16, k padded with zeros to k_padded */
     void (*pack_pairs)(uint32_t *panel, const uint16_t *w, size_t ldw, int rows, int k, int k_padded);
-    /* c[m, n] += a[m, k] panel[k, n], bf16 x bf16 with f32 sums; n <= nr_bf16, k a multiple of MIGI_K_STEP */
+    /* c[m, n] += a[m, k] panel[k, n], bf16 x bf16 with f32 sums; n <= nr_bf16, k a multiple of k_bf16 */
     void (*gemm_bf16)(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k);
 
     /* y[rows] += w[rows, k] x[k] */
@@ -78,8 +79,8 @@ typedef struct migi_kernels {
     void (*expand_i4)(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
     /* c[m, n] += a[m, k] w[n, k]^T from int4 blocks as stored; n a multiple of 16, k of the group and of 8 */
     void (*gemm_i4)(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k);
-    /* y[n] += c[n] * (scale * scales[n]) */
-    void (*add_scaled)(float *y, const int32_t *c, float scale, const float *scales, int n);
+    /* y[n] = y[n] + bias[n] + c[n] * (scale * scales[n]); bias may be NULL */
+    void (*add_scaled)(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);
     /* y[n] = c[n] * (scale * scales[n]) + bias[n]; bias may be NULL */
     void (*put_scaled)(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);
     /* dst <- src as IEEE half, ties to even; and back */
@@ -107,6 +108,8 @@ typedef struct migi_kernels {
     void (*rope)(float *x, const float *cosine, const float *sine, int half);
     /* s = exp(s - max), within 2 ULP, 0 below -87; no s is above max + 88; returns the sum */
     float (*exp_sum)(float *s, int n, float max);
+    /* the same, rounded to bf16 in p; the sum is of what was not rounded yet */
+    float (*exp_bf16)(uint16_t *p, const float *s, int n, float max);
     float (*max)(const float *s, int n);
     /* x *= f */
     void (*scale)(float *x, int n, float f);
@@ -122,7 +125,7 @@ float migi_scalar_quantize_i8(int8_t *q, const float *x, int k, int k_padded);
 void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
 void migi_scalar_expand_i4(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
 void migi_scalar_gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k);
-void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, int n);
+void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);
 void migi_scalar_put_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);
 void migi_scalar_narrow_f16(uint16_t *dst, const float *src, size_t n);
 void migi_scalar_widen_f16(float *dst, const uint16_t *src, size_t n);

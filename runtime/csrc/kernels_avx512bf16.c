@@ -13,41 +13,54 @@
 #include "half_x86.inc"
 #include "int8_vnni.inc"
 
-INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
+/* The last vector of c's rows holds `last` values. m and vectors are constants where it is inlined. */
+INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k)
 {
     __m512 sum[SIMD_MR][2];
-    for (int i = 0; i < m; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (int i = 0; i < m; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
     for (int l = 0; l < k; l += 2) {
         const uint32_t *p = panel + (size_t)(l / 2) * NR;
-        __m512bh b0 = (__m512bh)_mm512_loadu_si512(p), b1 = (__m512bh)_mm512_loadu_si512(p + 16);
+        __m512bh b[2];
+        for (int v = 0; v < vectors; v++) b[v] = (__m512bh)_mm512_loadu_si512(p + 16 * v);
 #pragma GCC unroll 16
         for (int i = 0; i < m; i++) {
             int32_t pair;
             memcpy(&pair, a + i * lda + l, 4);
             __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
-            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x, b[v]);
         }
     }
+    if (last == 16) {
+        for (int i = 0; i < m; i++)
+            for (int v = 0; v < vectors; v++) store(c + i * ldc + v * 16, load(c + i * ldc + v * 16) + (vf)sum[i][v]);
+        return;
+    }
     for (int i = 0; i < m; i++)
-        for (int v = 0; v < 2; v++) {
-            int left = n - v * 16;
-            __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+        for (int v = 0; v < vectors; v++) {
+            __mmask16 mask = v < vectors - 1 ? 0xffff : (__mmask16)((1u << last) - 1);
             float *to = c + i * ldc + v * 16;
             _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum[i][v]));
         }
 }
 
-static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
+INLINE void bf16_rows(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k)
 {
     int i = 0;
-    for (; i + SIMD_MR <= m; i += SIMD_MR) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, SIMD_MR, n, k);
-    for (; i + 4 <= m; i += 4) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 4, n, k);
-    for (; i < m; i++) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 1, n, k);
+    for (; i + SIMD_MR <= m; i += SIMD_MR) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, SIMD_MR, vectors, last, k);
+    for (; i + 4 <= m; i += 4) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 4, vectors, last, k);
+    for (; i < m; i++) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 1, vectors, last, k);
+}
+
+static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
+{
+    if (n > 16) bf16_rows(c, ldc, a, lda, panel, m, 2, n - 16, k);
+    else bf16_rows(c, ldc, a, lda, panel, m, 1, n, k);
 }
 
 const migi_kernels migi_kernels_avx512bf16 = {
-    .isa = "avx512bf16", SIMD_F32_SLOTS, .bf16_dots = 1, .nr_bf16 = NR, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_dots,
+    .isa = "avx512bf16", SIMD_F32_SLOTS, .bf16_dots = 1, .nr_bf16 = NR, .k_bf16 = 2, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_dots,
     VNNI_SLOTS, HALF_SLOTS};
 #else
 typedef int migi_no_avx512bf16;

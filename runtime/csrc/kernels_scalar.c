@@ -165,6 +165,17 @@ static float exp_sum(float *s, int n, float max)
     return migi_add_sums(part);
 }
 
+static float exp_bf16(uint16_t *p, const float *s, int n, float max)
+{
+    float part[MIGI_SUMS] = {0};
+    for (int i = 0; i < n; i++) {
+        float e = migi_exp(s[i] - max);
+        part[i % MIGI_SUMS] += e;
+        p[i] = migi_f32_to_bf16(e);
+    }
+    return migi_add_sums(part);
+}
+
 static float maximum(const float *s, int n)
 {
     float m = -INFINITY;
@@ -225,9 +236,9 @@ void migi_scalar_gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, co
         }
 }
 
-void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, int n)
+void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n)
 {
-    for (int j = 0; j < n; j++) y[j] += (float)c[j] * (scale * scales[j]);
+    for (int j = 0; j < n; j++) y[j] = (bias ? y[j] + bias[j] : y[j]) + (float)c[j] * (scale * scales[j]);
 }
 
 void migi_scalar_put_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n)
@@ -269,10 +280,10 @@ void migi_scalar_weighted_f16(float *y, const float *p, size_t ldp, const uint16
 }
 
 const migi_kernels migi_kernels_scalar = {
-    .isa = "scalar", .nr = NR, .bf16_dots = 0, .nr_bf16 = NR,
+    .isa = "scalar", .nr = NR, .bf16_dots = 0, .nr_bf16 = NR, .k_bf16 = 2,
     .pack_f32 = pack_f32, .pack_bf16 = pack_bf16, .gemm_f32 = gemm_f32,
     .round_bf16 = round_bf16, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_bf16,
     .gemv_f32 = gemv_f32, .gemv_bf16 = gemv_bf16, .weighted_sum = weighted_sum,
     .rms_norm = rms_norm, .layer_norm = layer_norm, .silu_mul = silu_mul, .quick_gelu = quick_gelu, .gelu = gelu,
-    .rope = rope, .exp_sum = exp_sum, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS, MIGI_SCALAR_HALF_SLOTS,
+    .rope = rope, .exp_sum = exp_sum, .exp_bf16 = exp_bf16, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS, MIGI_SCALAR_HALF_SLOTS,
 };

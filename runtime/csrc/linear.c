@@ -93,14 +93,11 @@ static void integer_columns(const call *c, const linear *job, int n0, int n, cha
     int whole = (n + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
     memset(sums, 0, (size_t)c->rows * N_BLOCK * sizeof *sums);
     sum_columns(c->ws->k, job->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
-    const float *scales = job->w->scales + n0;
+    const float *scales = job->w->scales + n0, *bias = job->bias ? job->bias + n0 : NULL;
     for (int r = 0; r < c->rows; r++) {
         float *y = job->y + (size_t)r * job->ldy + n0;
         const int32_t *sum = sums + (size_t)r * N_BLOCK;
-        if (job->add)
-            c->ws->k->add_scaled(y, sum, c->ws->row_scales[r], scales, n);
-        else
-            c->ws->k->put_scaled(y, sum, c->ws->row_scales[r], scales, job->bias ? job->bias + n0 : NULL, n);
+        (job->add ? c->ws->k->add_scaled : c->ws->k->put_scaled)(y, sum, c->ws->row_scales[r], scales, bias, n);
         if (c->then) c->then(y, n);
     }
 }
@@ -222,7 +219,7 @@ static void many_rows_bf16(const call *c, const linear *job, int n0, int n, uint
     const matrix *w = job->w;
     size_t ldw = (size_t)w->cols;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_BF16) {
-        int depth = min_int(K_BLOCK_BF16, w->cols - k0), padded = (int)migi_padded((size_t)depth);
+        int depth = min_int(K_BLOCK_BF16, w->cols - k0), padded = (int)migi_padded(k, (size_t)depth);
         for (int j = 0; j < n; j += k->nr_bf16)
             k->pack_pairs(panels + (size_t)j * (K_BLOCK_BF16 / 2), (const uint16_t *)w->data + (size_t)(n0 + j) * ldw + (size_t)k0,
                           ldw, min_int(k->nr_bf16, n - j), depth, padded);
@@ -243,10 +240,10 @@ static void columns(void *arg, int task, int worker)
     const linear *job = &c->jobs[which];
     int n0 = (task - c->first[which]) * c->block, n = min_int(c->block, job->w->rows - n0);
     bool integers = c->ld_quantized && is_quantized(job->w);
-    for (int r = 0; r < c->rows && (job->add ? job->bias != NULL : !integers); r++) {
+    for (int r = 0; r < c->rows && !integers; r++) {
         float *y = job->y + (size_t)r * job->ldy + n0;
         if (job->add)
-            for (int j = 0; j < n; j++) y[j] += job->bias[n0 + j];
+            for (int j = 0; j < n && job->bias; j++) y[j] += job->bias[n0 + j];
         else if (job->bias)
             memcpy(y, job->bias + n0, (size_t)n * sizeof *y);
         else
@@ -308,7 +305,7 @@ void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in
         c.x = in->room, c.ldx = cols;
     }
     if (rows > FEW_ROWS && ws->bf16 && any_bf16) {
-        c.ld_rounded = migi_padded(cols);
+        c.ld_rounded = migi_padded(ws->k, cols);
         assert(c.ld_rounded * (size_t)rows <= ws->rounded_len);
         migi_pool_run(ws->pool, round_row, &c, rows);
     }

@@ -15,12 +15,16 @@
 enum { DEFAULT_CONTEXT = 4096, MAX_CONTEXT = 1 << 20, LOGIT_ROWS = 16, SUM_BLOCK = 1024, BEST_BLOCK = 256 };
 
 typedef struct sizes {
-    size_t context, chunk, hidden, q, kv, half, mlp, vocab, cache, rounded, scratch; /* cache: bytes, rounded: elements */
+    size_t context, chunk, hidden, q, kv, half, mlp, vocab, cache, rounded, panels, scratch; /* cache, panels: bytes, rounded: elements */
 } sizes;
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static sizes session_layout(const migi_model *m, const migi_kernels *k, int context, bool half_cache)
+static bool wants_fp32(const migi_session_options *options) { return options && options->fp32; }
+static bool wants_bf16(const migi_kernels *k, const migi_session_options *options) { return k->bf16_dots && !wants_fp32(options); }
+static bool wants_integers(const migi_model *m, const migi_session_options *options) { return m->quantized && !wants_fp32(options); }
+
+static sizes session_layout(const migi_model *m, const migi_kernels *k, int context, const migi_session_options *options)
 {
     const migi_config *c = &m->c;
     size_t merged = (size_t)c->v_dim * (size_t)c->merge * (size_t)c->merge;
@@ -29,7 +33,8 @@ static sizes session_layout(const migi_model *m, const migi_kernels *k, int cont
                .q = (size_t)c->heads * (size_t)c->head_dim, .kv = (size_t)c->kv_heads * (size_t)c->head_dim,
                .half = (size_t)c->head_dim / 2, .mlp = (size_t)c->intermediate, .vocab = (size_t)c->vocab};
     size_t widest = larger(larger(larger(z.hidden, z.q), larger(z.mlp, (size_t)c->v_mlp)), larger((size_t)c->v_dim, patch));
-    z.cache = (size_t)c->layers * 2 * z.kv * (half_cache ? sizeof(uint16_t) : sizeof(float));
+    z.cache = (size_t)c->layers * 2 * z.kv * (wants_fp32(options) ? sizeof(float) : sizeof(uint16_t));
+    z.panels = migi_attention_panels(k, wants_bf16(k, options), c->kv_heads, c->head_dim, context);
     z.rounded = larger(z.chunk * migi_padded_int8(widest), z.chunk / (size_t)(c->merge * c->merge) * migi_padded_int8(merged));
     size_t attend = larger(migi_attention_scratch(k, c->head_dim), migi_attention_scratch(k, c->v_dim / c->v_heads));
     z.scratch = (larger(migi_linear_scratch(), attend) + 63) / 64 * 64;
@@ -38,16 +43,13 @@ static sizes session_layout(const migi_model *m, const migi_kernels *k, int cont
 
 static int context_of(const migi_session_options *options) { return options && options->context ? options->context : DEFAULT_CONTEXT; }
 
-static bool wants_fp32(const migi_session_options *options) { return options && options->fp32; }
-static bool wants_bf16(const migi_kernels *k, const migi_session_options *options) { return k->bf16_dots && !wants_fp32(options); }
-static bool wants_integers(const migi_model *m, const migi_session_options *options) { return m->quantized && !wants_fp32(options); }
-
 int64_t migi_session_bytes(const migi_model *model, const migi_pool *pool, const migi_session_options *options)
 {
     const migi_kernels *k = migi_pool_kernels(pool);
-    sizes z = session_layout(model, k, context_of(options), !wants_fp32(options));
+    sizes z = session_layout(model, k, context_of(options), options);
     size_t floats = z.chunk * (z.hidden + larger(z.hidden, z.q) + z.q + 2 * z.kv + 2 * z.mlp + 2 * z.half) + LOGIT_ROWS * z.vocab;
-    size_t bytes = floats * sizeof(float) + z.context * (z.cache + 4 + 8 + 3 * 4) + z.vocab + z.scratch * (size_t)migi_pool_threads(pool);
+    size_t bytes = floats * sizeof(float) + z.context * (z.cache + 4 + 8 + 3 * 4) + z.vocab + z.panels +
+                   z.scratch * (size_t)migi_pool_threads(pool);
     if (wants_bf16(k, options)) bytes += z.rounded * sizeof(uint16_t);
     if (wants_integers(model, options)) bytes += z.rounded + z.chunk * sizeof(float);
     return (int64_t)bytes;
@@ -71,7 +73,7 @@ migi_status migi_session_new(migi_session **out, const migi_model *model, migi_p
     FAIL_IF(context < 1 || context > MAX_CONTEXT, MIGI_E_ARGUMENT, "a context of %d tokens; give 1 to %d", context, MAX_CONTEXT);
     s = calloc(1, sizeof *s);
     FAIL_IF(!s, MIGI_E_MEMORY, "no memory for a session");
-    sizes z = session_layout(model, k, context, !wants_fp32(options));
+    sizes z = session_layout(model, k, context, options);
     s->model = model;
     s->context = context;
     s->poll = options ? options->poll : NULL;
@@ -86,6 +88,7 @@ migi_status migi_session_new(migi_session **out, const migi_model *model, migi_p
     s->ws.rounded = migi_alloc(s->ws.rounded_len, sizeof *s->ws.rounded);
     s->ws.scratch = migi_alloc(z.scratch, (size_t)migi_pool_threads(pool));
     s->cache = alloc_untouched(z.context, z.cache);
+    s->panels = alloc_untouched(z.panels, 1);
     s->tokens = migi_alloc(z.context, sizeof *s->tokens);
     s->pictures = migi_alloc(z.context, sizeof *s->pictures);
     s->positions = migi_alloc(3 * z.context, sizeof *s->positions);
@@ -98,8 +101,8 @@ migi_status migi_session_new(migi_session **out, const migi_model *model, migi_p
     s->angles = migi_alloc(z.chunk * 2 * z.half, sizeof(float));
     s->logits = migi_alloc(LOGIT_ROWS * z.vocab, sizeof(float));
     s->seen = migi_alloc(z.vocab, 1);
-    FAIL_IF(!s->ws.rounded || !s->ws.quantized || !s->ws.row_scales || !s->ws.scratch || !s->cache || !s->tokens || !s->pictures ||
-                !s->positions || !s->x || !s->h || !s->q || !s->kv || !s->gate || !s->up || !s->angles || !s->logits || !s->seen,
+    FAIL_IF(!s->ws.rounded || !s->ws.quantized || !s->ws.row_scales || !s->ws.scratch || !s->cache || !s->panels || !s->tokens ||
+                !s->pictures || !s->positions || !s->x || !s->h || !s->q || !s->kv || !s->gate || !s->up || !s->angles || !s->logits || !s->seen,
             MIGI_E_MEMORY, "no memory for a session of %d tokens (%lld MB); ask for fewer or smaller pictures", context,
             (long long)(migi_session_bytes(model, pool, options) >> 20));
     *out = s;
@@ -113,7 +116,7 @@ void migi_session_free(migi_session *s)
 {
     if (!s) return;
     void *parts[] = {s->seen, s->logits, s->angles, s->up, s->gate, s->kv, s->q, s->h, s->x, s->positions, s->pictures, s->tokens,
-                     s->cache, s->ws.scratch, s->ws.row_scales, s->ws.quantized, s->ws.rounded};
+                     s->panels, s->cache, s->ws.scratch, s->ws.row_scales, s->ws.quantized, s->ws.rounded};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
     free(s);
 }
@@ -211,7 +214,7 @@ static migi_status forward(migi_session *s, int first, int rows, migi_error *err
         migi_pool_run(ws->pool, rope_row, &r, rows);
         migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = cached(s, i, false, 0), .v = cached(s, i, true, 0), .half = s->half,
             .ldkv = kv, .kv_head = (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads,
-            .size = c->head_dim, .causal = true});
+            .size = c->head_dim, .causal = true, .panels = s->panels});
         migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
         migi_linears_of(ws, (linear[]){{&l->gate, NULL, s->gate, mlp, false}, {&l->up, NULL, s->up, mlp, false}}, 2,
                         &before_mlp, rows, NULL);
@@ -484,10 +487,11 @@ migi_status migi_session_grow(migi_session *s, int32_t context, migi_error *err)
     if (context <= s->context) return MIGI_OK;
     if (context > MAX_CONTEXT) return migi_fail(err, MIGI_E_ARGUMENT, "a context of %d tokens; give 1 to %d", context, MAX_CONTEXT);
     char *cache = alloc_untouched(room, (size_t)c->layers * 2 * row);
+    void *panels = alloc_untouched(migi_attention_panels(s->ws.k, s->ws.bf16, c->kv_heads, c->head_dim, context), 1);
     int32_t *tokens = migi_alloc(room, sizeof *tokens), *positions = migi_alloc(3 * room, sizeof *positions);
     uint64_t *pictures = migi_alloc(room, sizeof *pictures);
-    if (!cache || !tokens || !positions || !pictures) {
-        free(cache), free(tokens), free(positions), free(pictures);
+    if (!cache || !panels || !tokens || !positions || !pictures) {
+        free(cache), free(panels), free(tokens), free(positions), free(pictures);
         return migi_fail(err, MIGI_E_MEMORY, "no memory for a context of %d tokens (%zu MB); ask for fewer or smaller pictures", context,
                          room * (size_t)c->layers * 2 * row >> 20);
     }
@@ -495,8 +499,8 @@ migi_status migi_session_grow(migi_session *s, int32_t context, migi_error *err)
         memcpy(cache + side * room * row, (char *)s->cache + side * (size_t)s->context * row, (size_t)s->length * row);
     memcpy(tokens, s->tokens, (size_t)s->length * sizeof *tokens);
     memcpy(pictures, s->pictures, (size_t)s->length * sizeof *pictures);
-    free(s->cache), free(s->tokens), free(s->positions), free(s->pictures);
-    s->cache = cache, s->tokens = tokens, s->positions = positions, s->pictures = pictures;
+    free(s->cache), free(s->panels), free(s->tokens), free(s->positions), free(s->pictures);
+    s->cache = cache, s->panels = panels, s->tokens = tokens, s->positions = positions, s->pictures = pictures;
     s->context = context;
     return MIGI_OK;
 }

@@ -10,8 +10,9 @@ static atomic_uint_least64_t serials;
 typedef struct buffers {
     int patches;
     float *x;          /* [P, D] the residual stream */
-    float *qkv;        /* [P, 3 D] */
-    float *h;          /* [chunk, max(D, patch floats)] normed input, attention output */
+    float *qkv;        /* [P, 3 D]; attention's output takes q's place */
+    void *panels;      /* keys and values as attention reads them */
+    float *h;          /* [chunk, max(D, patch floats)] normed input */
     float *mlp;        /* [chunk, MLP or 4 D] */
     float *cosine, *sine; /* [P, S / 2] */
 } buffers;
@@ -20,6 +21,7 @@ static void free_buffers(buffers *b)
 {
     free(b->x);
     free(b->qkv);
+    free(b->panels);
     free(b->h);
     free(b->mlp);
     free(b->cosine);
@@ -81,13 +83,13 @@ static void run_block(migi_session *s, const block *l, buffers *b)
         apply_normed(s, &l->qkv, l->qkv_bias, &l->before_attention, b->x + (size_t)p * d, b, b->qkv + (size_t)p * 3 * d, 3 * d,
                      min_int(chunk, b->patches - p), NULL);
     migi_pool_run(s->ws.pool, rope_row, &(rope_call){s, b}, b->patches);
+    migi_attend(&s->ws, &(attention){.q = b->qkv, .ldq = 3 * d, .k = b->qkv + d, .v = b->qkv + 2 * d, .ldkv = 3 * d,
+        .kv_head = d / (size_t)c->v_heads, .out = b->qkv, .ldo = 3 * d, .queries = b->patches, .keys = b->patches,
+        .heads = c->v_heads, .kv_heads = c->v_heads, .size = c->v_dim / c->v_heads, .causal = false, .panels = b->panels});
     for (int p = 0; p < b->patches; p += chunk) {
         int rows = min_int(chunk, b->patches - p);
         float *x = b->x + (size_t)p * d;
-        migi_attend(&s->ws, &(attention){.q = b->qkv + (size_t)p * 3 * d, .ldq = 3 * d, .k = b->qkv + d, .v = b->qkv + 2 * d,
-            .ldkv = 3 * d, .kv_head = d / (size_t)c->v_heads, .out = b->h, .ldo = d, .queries = rows, .keys = b->patches,
-            .heads = c->v_heads, .kv_heads = c->v_heads, .size = c->v_dim / c->v_heads, .causal = false});
-        apply(s, &l->proj, l->proj_bias, b->h, d, x, d, rows, true);
+        apply(s, &l->proj, l->proj_bias, b->qkv + (size_t)p * 3 * d, 3 * d, x, d, rows, true);
         apply_normed(s, &l->fc1, l->fc1_bias, &l->before_mlp, x, b, b->mlp, mlp, rows, s->ws.k->quick_gelu);
         apply(s, &l->fc2, l->fc2_bias, b->mlp, mlp, x, d, rows, true);
     }
@@ -125,18 +127,20 @@ static void run_merger(migi_session *s, buffers *b, float *embeddings)
     }
 }
 
-static migi_status make_buffers(buffers *b, const migi_config *c, int patches, migi_error *err)
+static migi_status make_buffers(buffers *b, const migi_session *s, int patches, migi_error *err)
 {
+    const migi_config *c = &s->model->c;
     size_t d = (size_t)c->v_dim, p = (size_t)patches, merged = d * (size_t)c->merge * (size_t)c->merge;
     size_t mlp = (size_t)c->v_mlp, half = d / (size_t)c->v_heads / 2;
     *b = (buffers){.patches = patches};
     b->x = migi_alloc(p * d, sizeof(float));
     b->qkv = migi_alloc(p * 3 * d, sizeof(float));
+    b->panels = migi_alloc(migi_attention_panels(s->ws.k, s->ws.bf16, c->v_heads, c->v_dim / c->v_heads, patches), 1);
     b->h = migi_alloc(MIGI_CHUNK * d, sizeof(float));
     b->mlp = migi_alloc(MIGI_CHUNK * (mlp > merged ? mlp : merged), sizeof(float));
     b->cosine = migi_alloc(p * half, sizeof(float));
     b->sine = migi_alloc(p * half, sizeof(float));
-    if (b->x && b->qkv && b->h && b->mlp && b->cosine && b->sine) return MIGI_OK;
+    if (b->x && b->qkv && b->panels && b->h && b->mlp && b->cosine && b->sine) return MIGI_OK;
     return migi_fail(err, MIGI_E_MEMORY, "no memory for a picture of %d patches; lower --max-pixels", patches);
 }
 
@@ -154,7 +158,7 @@ migi_status migi_vision_encode(migi_vision **out, migi_session *s, const uint8_t
     FAIL_IF(height < unit || width < unit || height % unit || width % unit || (int64_t)height * width > 1 << 28, MIGI_E_ARGUMENT,
             "a picture of %d x %d pixels; both sides must be multiples of %d, the area at most 2^28", width, height, unit);
     int rows = height / c->patch, cols = width / c->patch, patches = rows * cols, tokens = patches / (c->merge * c->merge);
-    TRY(make_buffers(&b, c, patches, err));
+    TRY(make_buffers(&b, s, patches, err));
     v = calloc(1, sizeof *v);
     pixels = migi_alloc((size_t)patches * per_patch, sizeof(float));
     FAIL_IF(!v || !pixels, MIGI_E_MEMORY, "no memory for a picture of %d patches; lower --max-pixels", patches);

@@ -26,7 +26,10 @@ static void run(const char *isa, int threads, bool bf16, const attention *a)
     const migi_kernels *k = migi_pool_kernels(pool);
     workspace ws = {.pool = pool, .k = k, .bf16 = bf16, .scratch_bytes = (migi_attention_scratch(k, SIZE) + 63) / 64 * 64};
     ws.scratch = migi_alloc(ws.scratch_bytes, (size_t)threads);
-    migi_attend(&ws, a);
+    attention call = *a;
+    call.panels = migi_alloc(migi_attention_panels(k, bf16, a->kv_heads, a->size, a->keys), 1);
+    migi_attend(&ws, &call);
+    free(call.panels);
     free(ws.scratch);
     migi_pool_free(pool);
 }

@@ -77,7 +77,7 @@ static void product(const migi_kernels *t, int m, int n, int k, int bf16_weights
 
 static void bf16_product(const migi_kernels *t, int m, int n, int k)
 {
-    int padded = (k + MIGI_K_STEP - 1) / MIGI_K_STEP * MIGI_K_STEP;
+    int padded = (k + t->k_bf16 - 1) / t->k_bf16 * t->k_bf16;
     size_t ldc = (size_t)n + 5;
     float *c = floats((size_t)m * ldc), *want = malloc((size_t)m * ldc * 4), *x = floats((size_t)m * (size_t)k);
     uint16_t *a = calloc((size_t)m * (size_t)padded, 2), *h = halves((size_t)n * (size_t)k);
@@ -144,8 +144,12 @@ static void rows(const migi_kernels *t, int n)
     SAME(k->scale(d, n, 1.7f));
     for (int i = 0; i < n; i++) y[i] = z[i] = 40.f * x[i];
     if (n > 2) y[1] = z[1] = -INFINITY;
-    float top = t->max(y, n), a = t->exp_sum(y, n, top), e = truth->exp_sum(z, n, truth->max(z, n));
-    CHECK(top == truth->max((float[]){top}, 1) && a == e && !different(y, z, size), "%s exp_sum %d", t->isa, n);
+    uint16_t *p = malloc(size * sizeof *p);
+    float top = t->max(y, n), best = truth->max(z, n), b16 = t->exp_bf16(p, y, n, top), a = t->exp_sum(y, n, top), e = truth->exp_sum(z, n, best);
+    CHECK(top == best && a == e && !different(y, z, size), "%s exp_sum %d", t->isa, n);
+    CHECK(b16 == e, "%s exp_bf16 %d: another sum", t->isa, n);
+    for (int i = 0; i < n; i++) CHECK(p[i] == migi_f32_to_bf16(z[i]), "%s exp_bf16 %d rounds differently", t->isa, n);
+    free(p);
     for (int i = 0; i < 2 * n; i++) y[i] = z[i] = noise();
     t->rope(y, w, b, n), truth->rope(z, w, b, n);
     CHECK(!different(y, z, 2 * size), "%s rope %d", t->isa, n);
@@ -279,10 +283,11 @@ static void quantizer(const migi_kernels *t)
 static void scaled_sums(const migi_kernels *t, int n)
 {
     int32_t *c = counts((size_t)n);
-    float *scales = floats((size_t)n), *y = floats((size_t)n), *want = copy_of(y, (size_t)n * 4);
-    t->add_scaled(y, c, 3e-5f, scales, n), truth->add_scaled(want, c, 3e-5f, scales, n);
-    CHECK(!different(y, want, (size_t)n), "%s add_scaled %d", t->isa, n);
-    float *bias = floats((size_t)n);
+    float *scales = floats((size_t)n), *bias = floats((size_t)n), *y = floats((size_t)n), *want = copy_of(y, (size_t)n * 4);
+    for (int with = 0; with < 2; with++) {
+        t->add_scaled(y, c, 3e-5f, scales, with ? bias : NULL, n), truth->add_scaled(want, c, 3e-5f, scales, with ? bias : NULL, n);
+        CHECK(!different(y, want, (size_t)n), "%s add_scaled %d bias %d", t->isa, n, with);
+    }
     for (int with = 0; with < 2; with++) {
         memset(y, 0xff, (size_t)n * 4), memset(want, 0xff, (size_t)n * 4); /* NaN: nothing may be read */
         t->put_scaled(y, c, 3e-5f, scales, with ? bias : NULL, n), truth->put_scaled(want, c, 3e-5f, scales, with ? bias : NULL, n);
