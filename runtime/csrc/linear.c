@@ -27,6 +27,7 @@ enum {
     K_BLOCK_INT = 2048, /* 64 columns x 2048 bytes = 128 KB */
     M_BLOCK_INT = 192,
     WIDE_TASK = 1 << 16, /* with few rows, bytes of weights that make a task */
+    AHEAD = 12,          /* rows of y that are asked for before they are written, as no prefetcher sees them coming */
 };
 
 typedef struct call {
@@ -97,6 +98,7 @@ static void integer_columns(const call *c, const linear *job, int n0, int n, cha
     for (int r = 0; r < c->rows; r++) {
         float *y = job->y + (size_t)r * job->ldy + n0;
         const int32_t *sum = sums + (size_t)r * N_BLOCK;
+        for (int j = 0; j < n && r + AHEAD < c->rows; j += 16) __builtin_prefetch(y + AHEAD * job->ldy + j, 1);
         (job->add ? c->ws->k->add_scaled : c->ws->k->put_scaled)(y, sum, c->ws->row_scales[r], scales, bias, n);
         if (c->then) c->then(y, n);
     }
