@@ -33,6 +33,7 @@ _PRIORS = (0.97, 0.6, 0.35, 0.8, 0.3, 0.2, 0.4)  # how often a kind comes true b
 
 _TRIES = 4  # passes of one size before its time is believed
 _TRIAL_ANSWERS = 6  # drafted and plain in turns before the faster way is chosen
+_WORTH = 1.1  # drafting must win by a tenth: following an answer costs a little, and answers differ by more than that
 _RETRY_ANSWERS = 32  # until the other way is tried again; twice as long each time that nothing changed
 _TELLING_TOKENS = 8  # an answer needs so many to count
 _MEMORY_TOKENS = 4096  # of earlier answers; the older half leaves when it is full
@@ -212,7 +213,7 @@ class Turns:
         self._answers += 1
         if self._answers <= _TRIAL_ANSWERS or len(self._seconds) < 2:
             return self._answers % 2 == 1
-        faster = self._seconds[True] * 1.03 <= self._seconds[False]  # following an answer costs a little as well
+        faster = self._seconds[True] * _WORTH <= self._seconds[False]
         if faster != self._faster:
             self._faster, self._wait, self._left = faster, _RETRY_ANSWERS, _RETRY_ANSWERS
         self._left -= 1

@@ -244,6 +244,11 @@ def test_turns_choose_the_faster_way_and_try_the_other_now_and_then(faster):
     assert [i for i in range(6, 500) if drafted[i] != faster] == [37, 101, 229, 485]  # 32 later, 64, 128, 256
 
 
+def test_turns_draft_only_where_that_wins_by_more_than_answers_differ():
+    drafted = _answers(Turns(), 500, {True: 1.0, False: 1.05})
+    assert [i for i in range(6, 500) if drafted[i]] == [37, 101, 229, 485]
+
+
 def test_turns_change_with_the_machine_and_pass_over_short_answers():
     turns = Turns()
     assert _answers(turns, 40, {True: 1.0, False: 1.4})[-1]
