@@ -17,10 +17,10 @@
 #include <string.h>
 
 enum {
-    Q_BLOCK = 48,    /* queries whose scores are kept at a time */
+    Q_BLOCK = 48,     /* queries whose scores are kept at a time */
     TASK_QUERIES = MIGI_CHUNK,
     TASKS = 4,        /* for every thread */
-    KEY_BLOCK = 512,  /* a multiple of every table's nr and of MIGI_K_STEP */
+    KEY_BLOCK = 512,  /* a multiple of every table's nr, nr_bf16 and k_bf16 */
     FEW_QUERIES = MIGI_FEW_ROWS,
     FEW_KEYS = 256,   /* keys of a block then */
     MAX_SHARE = 16,   /* query heads of a task then */

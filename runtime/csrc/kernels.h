@@ -29,7 +29,6 @@
 
 enum {
     MIGI_MAX_NR = 64,  /* widest panel of any table */
-    MIGI_K_STEP = 32,  /* the longest step along k of bf16 products */
     MIGI_K_INT8 = 64,  /* quantized rows are padded with zeros to a multiple of this */
     MIGI_BLOCK = 16,   /* rows of a block of quantized weights */
     MIGI_SUMS = 16,    /* partial sums over a row */
@@ -48,7 +47,7 @@ typedef struct migi_kernels {
     int nr;        /* columns of an f32 panel */
     int bf16_dots; /* 1: gemm_bf16 is faster than gemm_f32 on this instruction set */
     int nr_bf16;   /* columns of a bf16 panel */
-    int k_bf16;    /* bf16 rows are padded with zeros to a multiple of this, which divides MIGI_K_STEP */
+    int k_bf16;    /* bf16 rows are padded with zeros to a multiple of this, at most 32 */
     int i4_rows;   /* more rows than this are multiplied faster by expand_i4 and gemm_i8 than by gemm_i4 */
 
     /* panel <- rows w[0..rows) x k, rows <= nr */

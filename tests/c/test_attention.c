@@ -71,6 +71,10 @@ static void one_shape(const char *isa, bool bf16, int queries, int all, bool cau
     CHECK(off < (bf16 ? 2e-2 : 2e-6), "%s, %d queries, %d keys, causal %d, half %d: off by %g", isa, queries, all, causal, half, off);
     run(isa, 3, bf16, &other);
     CHECK(!memcmp(out, again, (size_t)queries * WIDTH * sizeof *out), "%s, %d queries, %d keys: threads change it", isa, queries, all);
+    memcpy(again, q, (size_t)queries * WIDTH * sizeof *q); /* the output in the queries' place */
+    other.q = again;
+    run(isa, 3, bf16, &other);
+    CHECK(!memcmp(out, again, (size_t)queries * WIDTH * sizeof *out), "%s, %d queries, %d keys: output over q differs", isa, queries, all);
     if (queries > 2 * MIGI_FEW_ROWS) { /* the last ones by themselves */
         int few = queries / 2 + 1, first = queries - few;
         other.queries = few, other.q = q + first * WIDTH;
