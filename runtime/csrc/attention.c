@@ -2,9 +2,9 @@
  *
  * Many queries: keys and values are packed once for all of them, block by block (and widened, if half floats). Then one task
  * is one head and up to TASK_QUERIES queries, and per block of keys and of queries: scores = q k^T through the product kernels,
- * a new maximum and sum per row, the output so far scaled down to it where the maximum grew, plus probabilities times v. A
- * session that rounds activations to bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16
- * faster; sums, maxima and exp stay float.
+ * a new maximum and sum per row, the output so far scaled down to it where the maximum grew, plus probabilities times v.
+ * Queries are scaled by log2 e as well, as powers of two are cheaper than those of e. A session that rounds activations to bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16
+ * faster; sums, maxima and powers stay float.
  * Few queries (decode): a task is some query heads of one key/value head and all queries; half floats are widened in
  * registers, once for all of them.
  *
@@ -32,7 +32,7 @@ typedef struct call {
     int part, parts; /* queries of a task; tasks of a head */
     int share;       /* query heads of a task when queries are few */
     size_t s;        /* a head's size for panels of any kind */
-    float factor;
+    float factor;    /* of q: scores are exponents of two */
 } call;
 
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -60,9 +60,9 @@ static float fold(const migi_kernels *k, float *scores, uint16_t *half, int n, f
     if (new_max == -INFINITY) new_max = 0.f; /* nothing visible or NaN: exp gives 0 or NaN, not a trap */
     if (new_max != *max) {
         down = *max;
-        k->exp_sum(&down, 1, new_max); /* exp(-INFINITY) is 0 */
+        k->exp2_sum(&down, 1, new_max); /* of -INFINITY it is 0 */
     }
-    *sum = *sum * down + (half ? k->exp_bf16(half, scores, n, new_max) : k->exp_sum(scores, n, new_max));
+    *sum = *sum * down + (half ? k->exp2_bf16(half, scores, n, new_max) : k->exp2_sum(scores, n, new_max));
     *max = new_max;
     return down;
 }
@@ -354,7 +354,7 @@ static int task_queries(const attention *a, int threads)
 
 void migi_attend(workspace *ws, const attention *a)
 {
-    call c = {.ws = ws, .a = a, .factor = 1.f / sqrtf((float)a->size), .s = padded_size(ws->k, a->size)};
+    call c = {.ws = ws, .a = a, .factor = LOG2_E / sqrtf((float)a->size), .s = padded_size(ws->k, a->size)};
     int threads = migi_pool_threads(ws->pool);
     if (a->queries > FEW_QUERIES) {
         c.part = task_queries(a, threads);

@@ -206,7 +206,7 @@ struct migi_session {
     atomic_int cancelled;
     int (*poll)(void *);
     void *poll_arg;
-    void *cache;        /* [layers][k, v][context][kv_heads][head_dim] in IEEE half, or f32 */
+    void *cache;        /* [layers][k, v][kv_heads][context][head_dim] in IEEE half, or f32 */
     bool half;
     void *panels;       /* one layer's keys and values as attention reads them */
     int32_t *tokens;    /* [context] */

@@ -105,10 +105,10 @@ typedef struct migi_kernels {
     void (*gelu)(float *x, int n);
     /* rotates planes (x[i], x[i + half]) by the angle whose cosine and sine are given; half = head_dim / 2 */
     void (*rope)(float *x, const float *cosine, const float *sine, int half);
-    /* s = exp(s - max), within 2 ULP, 0 below -87; no s is above max + 88; returns the sum */
-    float (*exp_sum)(float *s, int n, float max);
-    /* the same, rounded to bf16 in p; the sum is of what was not rounded yet */
-    float (*exp_bf16)(uint16_t *p, const float *s, int n, float max);
+    /* s = 2^(s - max), within 2 ULP, 0 below -125; no s is above max + 127; returns the sum */
+    float (*exp2_sum)(float *s, int n, float max);
+    /* the same, within 3e-6 of the value and then rounded to bf16 in p; the sum is of what was not rounded yet */
+    float (*exp2_bf16)(uint16_t *p, const float *s, int n, float max);
     float (*max)(const float *s, int n);
     /* x *= f */
     void (*scale)(float *x, int n, float f);
@@ -147,6 +147,22 @@ extern const migi_kernels migi_kernels_avx2, migi_kernels_avx512, migi_kernels_a
 #if defined(__aarch64__)
 extern const migi_kernels migi_kernels_neon, migi_kernels_neon_dotprod, migi_kernels_neon_i8mm;
 #endif
+
+/* exp(x) = 2^(x log2 e), and 2^(n + r) = 2^n 2^r. For |r| <= 1/2, 2^r is 1 + EXP2_1 r + EXP2_2 r^2 ..., fitted for the least
+ * relative error: 2e-9 by six terms, 2.8e-6 by the four coarse ones. ROUND_127 is 1.5 * 2^23 + 127. */
+#define LOG2_E 1.44269502f
+#define LOG2_E_REST 1.92596303e-8f
+#define ROUND_127 12583039.f
+#define EXP2_1 6.931471825e-1f
+#define EXP2_2 2.402264774e-1f
+#define EXP2_3 5.550332367e-2f
+#define EXP2_4 9.618436918e-3f
+#define EXP2_5 1.339887385e-3f
+#define EXP2_6 1.535336196e-4f
+#define EXP2_COARSE_1 6.931241751e-1f
+#define EXP2_COARSE_2 2.402409911e-1f
+#define EXP2_COARSE_3 5.590642616e-2f
+#define EXP2_COARSE_4 9.582852945e-3f
 
 static inline float migi_bf16_to_f32(uint16_t h)
 {

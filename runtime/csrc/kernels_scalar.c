@@ -103,24 +103,32 @@ static void layer_norm(float *y, const float *x, const float *w, const float *b,
     for (int i = 0; i < n; i++) y[i] = migi_fma((x[i] - mean) * f, w[i], b[i]);
 }
 
-/* exp by 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (Cephes' coefficients); below -87 it is 0. */
+/* 2^n times a polynomial in r, |r| <= 1/2 (coefficients in kernels.h); the low bits of t hold n + 127, as adding ROUND_127
+ * rounds to the nearest integer. */
+static float exp2_of(float t, float r, int coarse)
+{
+    union { float f; uint32_t i; } scale = {.f = t};
+    float p = coarse ? EXP2_COARSE_4 : EXP2_6;
+    if (!coarse) p = migi_fma(migi_fma(p, r, EXP2_5), r, EXP2_4);
+    p = migi_fma(p, r, coarse ? EXP2_COARSE_3 : EXP2_3);
+    p = migi_fma(p, r, coarse ? EXP2_COARSE_2 : EXP2_2);
+    p = migi_fma(p, r, coarse ? EXP2_COARSE_1 : EXP2_1);
+    scale.i <<= 23;
+    return migi_fma(p, r, 1.f) * scale.f;
+}
+
+static float migi_exp2(float x, int coarse)
+{
+    float t = x + ROUND_127;
+    return x < -125.f ? 0.f : exp2_of(t, x - (t - ROUND_127), coarse);
+}
+
 static float migi_exp(float x)
 {
-    union { float f; uint32_t i; } t, scale;
     if (x < -87.f) return 0.f;
     x = x > 88.f ? 88.f : x;
-    t.f = migi_fma(x, 1.44269504f, 12582912.f); /* adds 1.5 * 2^23: rounds to the nearest integer */
-    float n = t.f - 12582912.f;
-    float r = migi_fma(n, 2.12194440e-4f, migi_fma(n, -.693359375f, x));
-    float p = 1.9875691500e-4f;
-    p = migi_fma(p, r, 1.3981999507e-3f);
-    p = migi_fma(p, r, 8.3334519073e-3f);
-    p = migi_fma(p, r, 4.1665795894e-2f);
-    p = migi_fma(p, r, 1.6666665459e-1f);
-    p = migi_fma(p, r, 5.0000001201e-1f);
-    p = migi_fma(p * r, r, r) + 1.f;
-    scale.i = (t.i << 23) + (127u << 23);
-    return p * scale.f;
+    float t = migi_fma(x, LOG2_E, ROUND_127);
+    return exp2_of(t, migi_fma(x, LOG2_E_REST, migi_fma(x, LOG2_E, ROUND_127 - t)), 0);
 }
 
 static float sigmoid(float x) { return 1.f / (1.f + migi_exp(-x)); }
@@ -158,18 +166,18 @@ static void rope(float *x, const float *cosine, const float *sine, int half)
     }
 }
 
-static float exp_sum(float *s, int n, float max)
+static float exp2_sum(float *s, int n, float max)
 {
     float part[MIGI_SUMS] = {0};
-    for (int i = 0; i < n; i++) part[i % MIGI_SUMS] += s[i] = migi_exp(s[i] - max);
+    for (int i = 0; i < n; i++) part[i % MIGI_SUMS] += s[i] = migi_exp2(s[i] - max, 0);
     return migi_add_sums(part);
 }
 
-static float exp_bf16(uint16_t *p, const float *s, int n, float max)
+static float exp2_bf16(uint16_t *p, const float *s, int n, float max)
 {
     float part[MIGI_SUMS] = {0};
     for (int i = 0; i < n; i++) {
-        float e = migi_exp(s[i] - max);
+        float e = migi_exp2(s[i] - max, 1);
         part[i % MIGI_SUMS] += e;
         p[i] = migi_f32_to_bf16(e);
     }
@@ -285,5 +293,5 @@ const migi_kernels migi_kernels_scalar = {
     .round_bf16 = round_bf16, .pack_pairs = pack_pairs, .gemm_bf16 = gemm_bf16,
     .gemv_f32 = gemv_f32, .gemv_bf16 = gemv_bf16, .weighted_sum = weighted_sum,
     .rms_norm = rms_norm, .layer_norm = layer_norm, .silu_mul = silu_mul, .quick_gelu = quick_gelu, .gelu = gelu,
-    .rope = rope, .exp_sum = exp_sum, .exp_bf16 = exp_bf16, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS, MIGI_SCALAR_HALF_SLOTS,
+    .rope = rope, .exp2_sum = exp2_sum, .exp2_bf16 = exp2_bf16, .max = maximum, .scale = scale, MIGI_SCALAR_INT_SLOTS, MIGI_SCALAR_HALF_SLOTS,
 };

@@ -139,12 +139,12 @@ typedef struct rows_call {
     int layer, first; /* of the chunk on the timeline */
 } rows_call;
 
-/* Keys or values of token `at` in the cache. */
-static void *cached(const migi_session *s, int index, bool values, size_t at)
+/* Keys or values of one head and token `at` in the cache; the head's next token lies behind. */
+static void *cached(const migi_session *s, int index, bool values, int head, size_t at)
 {
     const migi_config *c = &s->model->c;
-    size_t element = s->half ? sizeof(uint16_t) : sizeof(float), kv = (size_t)c->kv_heads * (size_t)c->head_dim;
-    return (char *)s->cache + (((size_t)index * 2 + values) * (size_t)s->context + at) * kv * element;
+    size_t element = s->half ? sizeof(uint16_t) : sizeof(float), row = ((size_t)index * 2 + values) * (size_t)c->kv_heads + (size_t)head;
+    return (char *)s->cache + (row * (size_t)s->context + at) * (size_t)c->head_dim * element;
 }
 
 /* Half floats end at 65504, and keys carry large biases: what lies beyond is held there, NaN stays NaN. */
@@ -171,10 +171,11 @@ static void rope_row(void *arg, int row, int worker)
     const float *cosine = s->angles + (size_t)row * 2 * half, *sine = cosine + half;
     for (int head = 0; head < c->heads; head++)
         s->ws.k->rope(s->q + ((size_t)row * (size_t)c->heads + (size_t)head) * size, cosine, sine, (int)half);
-    for (int head = 0; head < c->kv_heads; head++)
-        s->ws.k->rope(keys + (size_t)head * size, cosine, sine, (int)half);
-    store(s, cached(s, r->layer, false, at), keys, kv);
-    store(s, cached(s, r->layer, true, at), keys + kv, kv);
+    for (int head = 0; head < c->kv_heads; head++, keys += size) {
+        s->ws.k->rope(keys, cosine, sine, (int)half);
+        store(s, cached(s, r->layer, false, head, at), keys, size);
+        store(s, cached(s, r->layer, true, head, at), keys + kv, size);
+    }
 }
 
 /* Angles of one row: the first mrope_section[0] planes turn by time, the next by row, the last by column. In double, where
@@ -212,9 +213,9 @@ static migi_status forward(migi_session *s, int first, int rows, migi_error *err
                                        {&l->k, l->k_bias, s->kv, 2 * kv, false},
                                        {&l->v, l->v_bias, s->kv + kv, 2 * kv, false}}, 3, &before_attention, rows, NULL);
         migi_pool_run(ws->pool, rope_row, &r, rows);
-        migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = cached(s, i, false, 0), .v = cached(s, i, true, 0), .half = s->half,
-            .ldkv = kv, .kv_head = (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads,
-            .size = c->head_dim, .causal = true, .panels = s->panels});
+        migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = cached(s, i, false, 0, 0), .v = cached(s, i, true, 0, 0), .half = s->half,
+            .ldkv = (size_t)c->head_dim, .kv_head = (size_t)s->context * (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows,
+            .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads, .size = c->head_dim, .causal = true, .panels = s->panels});
         migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
         migi_linears_of(ws, (linear[]){{&l->gate, NULL, s->gate, mlp, false}, {&l->up, NULL, s->up, mlp, false}}, 2,
                         &before_mlp, rows, NULL);
@@ -263,7 +264,8 @@ static double log_sum_exp(const migi_kernels *k, const float *logits, int n)
     for (int i = 0; i < n; i += SUM_BLOCK) {
         int m = min_int(SUM_BLOCK, n - i);
         memcpy(part, logits + i, (size_t)m * sizeof *part);
-        sum += (double)k->exp_sum(part, m, max);
+        k->scale(part, m, LOG2_E);
+        sum += (double)k->exp2_sum(part, m, max * LOG2_E);
     }
     return (double)max + log(sum);
 }
@@ -483,20 +485,21 @@ done:
 migi_status migi_session_grow(migi_session *s, int32_t context, migi_error *err)
 {
     const migi_config *c = &s->model->c;
-    size_t row = (size_t)c->kv_heads * (size_t)c->head_dim * (s->half ? sizeof(uint16_t) : sizeof(float)), room = (size_t)context;
+    size_t row = (size_t)c->head_dim * (s->half ? sizeof(uint16_t) : sizeof(float)), room = (size_t)context;
+    size_t heads = (size_t)c->layers * 2 * (size_t)c->kv_heads;
     if (context <= s->context) return MIGI_OK;
     if (context > MAX_CONTEXT) return migi_fail(err, MIGI_E_ARGUMENT, "a context of %d tokens; give 1 to %d", context, MAX_CONTEXT);
-    char *cache = alloc_untouched(room, (size_t)c->layers * 2 * row);
+    char *cache = alloc_untouched(room, heads * row);
     void *panels = alloc_untouched(migi_attention_panels(s->ws.k, s->ws.bf16, c->kv_heads, c->head_dim, context), 1);
     int32_t *tokens = migi_alloc(room, sizeof *tokens), *positions = migi_alloc(3 * room, sizeof *positions);
     uint64_t *pictures = migi_alloc(room, sizeof *pictures);
     if (!cache || !panels || !tokens || !positions || !pictures) {
         free(cache), free(panels), free(tokens), free(positions), free(pictures);
         return migi_fail(err, MIGI_E_MEMORY, "no memory for a context of %d tokens (%zu MB); ask for fewer or smaller pictures", context,
-                         room * (size_t)c->layers * 2 * row >> 20);
+                         room * heads * row >> 20);
     }
-    for (size_t side = 0; side < (size_t)c->layers * 2; side++)
-        memcpy(cache + side * room * row, (char *)s->cache + side * (size_t)s->context * row, (size_t)s->length * row);
+    for (size_t head = 0; head < heads; head++)
+        memcpy(cache + head * room * row, (char *)s->cache + head * (size_t)s->context * row, (size_t)s->length * row);
     memcpy(tokens, s->tokens, (size_t)s->length * sizeof *tokens);
     memcpy(pictures, s->pictures, (size_t)s->length * sizeof *pictures);
     free(s->cache), free(s->panels), free(s->tokens), free(s->positions), free(s->pictures);

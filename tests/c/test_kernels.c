@@ -144,12 +144,13 @@ static void rows(const migi_kernels *t, int n)
     SAME(k->scale(d, n, 1.7f));
     for (int i = 0; i < n; i++) y[i] = z[i] = 40.f * x[i];
     if (n > 2) y[1] = z[1] = -INFINITY;
-    uint16_t *p = malloc(size * sizeof *p);
-    float top = t->max(y, n), best = truth->max(z, n), b16 = t->exp_bf16(p, y, n, top), a = t->exp_sum(y, n, top), e = truth->exp_sum(z, n, best);
-    CHECK(top == best && a == e && !different(y, z, size), "%s exp_sum %d", t->isa, n);
-    CHECK(b16 == e, "%s exp_bf16 %d: another sum", t->isa, n);
-    for (int i = 0; i < n; i++) CHECK(p[i] == migi_f32_to_bf16(z[i]), "%s exp_bf16 %d rounds differently", t->isa, n);
-    free(p);
+    uint16_t *p = malloc(size * sizeof *p), *q = malloc(size * sizeof *q);
+    float top = t->max(y, n), best = truth->max(z, n), coarse = t->exp2_bf16(p, y, n, top), want = truth->exp2_bf16(q, z, n, best);
+    CHECK(coarse == want && !memcmp(p, q, (size_t)n * sizeof *p), "%s exp2_bf16 %d", t->isa, n);
+    float fine = t->exp2_sum(y, n, top), e = truth->exp2_sum(z, n, best);
+    CHECK(top == best && fine == e && !different(y, z, size), "%s exp2_sum %d", t->isa, n);
+    CHECK(fabsf(coarse - fine) < 4e-6f * fine, "%s exp2_bf16 %d: its sum is off by %g", t->isa, n, (double)(coarse / fine - 1.f));
+    free(p), free(q);
     for (int i = 0; i < 2 * n; i++) y[i] = z[i] = noise();
     t->rope(y, w, b, n), truth->rope(z, w, b, n);
     CHECK(!different(y, z, 2 * size), "%s rope %d", t->isa, n);
@@ -376,7 +377,7 @@ static void integers(const migi_kernels *t)
     quantizer(t);
     for (int n = 1; n < 70; n++) scaled_sums(t, n);
     half_floats(t);
-    for (int m = 1; m < 8; m++)
+    for (int m = 1; m < 14; m++)
         for (int k = 1; k < 150; k += k < 40 ? 3 : 29) half_products(t, m, 1 + (m * 7 + k) % 23, k);
 }
 
@@ -400,12 +401,14 @@ static void multiply_adds(void)
 
 static void formulas(void)
 {
-    float top = 0.f, off = 0.f, gates = 0.f;
-    for (float x = -86.9f; x < 0.f; x += .0007f) {
+    float top = 0.f, coarse = 0.f, off = 0.f, gates = 0.f;
+    for (float x = -124.9f; x < 0.f; x += .0007f) {
         float e = x, g = x * .1f, h = -x * .1f;
-        truth->exp_sum(&e, 1, 0.f);
-        float relative = fabsf(e - expf(x)) / expf(x);
-        top = relative > top ? relative : top;
+        uint16_t rounded;
+        float about = truth->exp2_bf16(&rounded, &e, 1, 0.f), exact = (float)exp2((double)x);
+        CHECK(rounded == migi_f32_to_bf16(about), "exp2_bf16 of %g is not rounded to the nearest", (double)x);
+        truth->exp2_sum(&e, 1, 0.f);
+        top = fmaxf(top, fabsf(e - exact) / exact), coarse = fmaxf(coarse, fabsf(about - exact) / exact);
         for (int side = 0; side < 2; side++) {
             float y = side ? g : h, z = y, u = y, one = 1.f;
             truth->gelu(&y, 1), truth->quick_gelu(&u, 1);
@@ -416,7 +419,10 @@ static void formulas(void)
             gates = apart > gates ? apart : gates;
         }
     }
-    CHECK(top < 2.4e-7f, "exp is off by %g", (double)top);
+    CHECK(top < 2.4e-7f && coarse < 3e-6f, "exp2_sum is off by %g, exp2_bf16 by %g", (double)top, (double)coarse);
+    float edge[] = {0.f, -125.1f, -INFINITY, NAN, -1e30f};
+    truth->exp2_sum(edge, 5, 0.f);
+    CHECK(edge[0] == 1.f && edge[1] == 0.f && edge[2] == 0.f && isnan(edge[3]) && edge[4] == 0.f, "exp2 at its edges");
     CHECK(off < 2e-6f && gates < 2e-6f, "gelu is off by %g, silu and quick_gelu by %g", (double)off, (double)gates);
     for (int n = 1; n < 200; n += 7) {
         float *x = floats((size_t)n), *w = floats((size_t)n), *b = floats((size_t)n), *y = malloc((size_t)n * 4), *z = malloc((size_t)n * 4);
