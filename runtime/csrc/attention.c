@@ -20,7 +20,8 @@ enum {
     Q_BLOCK = 48,     /* queries whose scores are kept at a time */
     TASK_QUERIES = MIGI_CHUNK,
     TASKS = 4,        /* for every thread */
-    KEY_BLOCK = 512,  /* a multiple of every table's nr, nr_bf16 and k_bf16 */
+    KEY_BLOCK = 800,  /* a multiple of every table's nr, nr_bf16 and k_bf16 */
+    SCORES = KEY_BLOCK + 32, /* floats from one query's scores to the next: no power of two, whose lines share few sets of a cache */
     FEW_QUERIES = MIGI_FEW_ROWS,
     FEW_KEYS = 256,   /* keys of a block then */
     MAX_SHARE = 16,   /* query heads of a task then */
@@ -47,7 +48,7 @@ static size_t padded_size(const migi_kernels *k, int size)
 size_t migi_attention_scratch(const migi_kernels *k, int size)
 {
     size_t s = padded_size(k, size);
-    size_t many = Q_BLOCK * KEY_BLOCK + 2 * TASK_QUERIES * s + 2 * TASK_QUERIES + (Q_BLOCK * KEY_BLOCK + TASK_QUERIES * s) / 2;
+    size_t many = Q_BLOCK * SCORES + 2 * TASK_QUERIES * s + 2 * TASK_QUERIES + (Q_BLOCK * SCORES + TASK_QUERIES * s) / 2;
     size_t few = MAX_SHARE * FEW_QUERIES * (FEW_KEYS + 2 * (size_t)size + 2);
     return sizeof(float) * larger(larger(many, few), 2 * KEY_BLOCK * s);
 }
@@ -58,9 +59,10 @@ static float fold(const migi_kernels *k, float *scores, uint16_t *half, int n, f
 {
     float block_max = k->max(scores, n), new_max = block_max > *max ? block_max : *max, down = 1.f;
     if (new_max == -INFINITY) new_max = 0.f; /* nothing visible or NaN: exp gives 0 or NaN, not a trap */
-    if (new_max != *max) {
+    if (*max == -INFINITY) down = 0.f;
+    else if (new_max != *max) {
         down = *max;
-        k->exp2_sum(&down, 1, new_max); /* of -INFINITY it is 0 */
+        k->exp2_sum(&down, 1, new_max);
     }
     *sum = *sum * down + (half ? k->exp2_bf16(half, scores, n, new_max) : k->exp2_sum(scores, n, new_max));
     *max = new_max;
@@ -156,19 +158,19 @@ static int shared_heads(const attention *a, int threads)
 
 /* A worker's room: all floats but what is said. T: TASK_QUERIES, s: the padded head size. */
 typedef struct room {
-    float *scores, *q, *out, *max, *sum; /* [Q][KEYS], [T][s], [T][s], [T], [T] */
-    uint16_t *p_half, *q_half;           /* bf16 [Q][KEYS], [T][s] */
+    float *scores, *q, *out, *max, *sum; /* [Q][SCORES], [T][s], [T][s], [T], [T] */
+    uint16_t *p_half, *q_half;           /* bf16 [Q][SCORES], [T][s] */
 } room;
 
 static room make_room(const call *c, int worker)
 {
     room r = {.scores = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes)};
-    r.q = r.scores + Q_BLOCK * KEY_BLOCK;
+    r.q = r.scores + Q_BLOCK * SCORES;
     r.out = r.q + TASK_QUERIES * c->s;
     r.max = r.out + TASK_QUERIES * c->s;
     r.sum = r.max + TASK_QUERIES;
     r.p_half = (uint16_t *)(void *)(r.sum + TASK_QUERIES);
-    r.q_half = r.p_half + Q_BLOCK * KEY_BLOCK;
+    r.q_half = r.p_half + Q_BLOCK * SCORES;
     return r;
 }
 
@@ -187,15 +189,30 @@ static char *packed_block(const call *c, int kv_head, int number)
     return (char *)c->a->panels + ((size_t)kv_head * blocks + (size_t)number) * 2 * side_bytes(c->ws->bf16, c->s);
 }
 
-/* Rows [first, first + rows) of one head's keys or values as float: in place, or widened to `wide`. *ld: floats per row. */
-static const float *as_floats(const call *c, const void *side, size_t head_at, int first, int rows, float *wide, size_t *ld)
+/* x, a query or key of one head, turned by the angles of its token */
+static void turn(const call *c, float *x, int token)
+{
+    size_t half = (size_t)c->a->size / 2, at = (size_t)token * half;
+    c->ws->k->rope(x, c->a->cosine + at, c->a->sine + at, (int)half);
+}
+
+/* Rows [first, first + rows) of one head's keys or values as float: in place, or widened or turned in `wide`. *ld: floats
+ * per row. */
+static const float *as_floats(const call *c, const void *side, size_t head_at, int first, int rows, bool turned, float *wide, size_t *ld)
 {
     const attention *a = c->a;
     size_t at = head_at + (size_t)first * a->ldkv;
-    *ld = a->half ? (size_t)a->size : a->ldkv;
-    if (!a->half) return (const float *)side + at;
-    for (int i = 0; i < rows; i++)
-        c->ws->k->widen_f16(wide + (size_t)i * *ld, (const uint16_t *)side + at + (size_t)i * a->ldkv, (size_t)a->size);
+    if (!a->half && !turned) {
+        *ld = a->ldkv;
+        return (const float *)side + at;
+    }
+    *ld = (size_t)a->size;
+    for (int i = 0; i < rows; i++, at += a->ldkv) {
+        float *row = wide + (size_t)i * *ld;
+        if (a->half) c->ws->k->widen_f16(row, (const uint16_t *)side + at, *ld);
+        else memcpy(row, (const float *)side + at, *ld * sizeof *row);
+        if (turned) turn(c, row, first + i);
+    }
     return wide;
 }
 
@@ -230,7 +247,8 @@ static void pack_value_pairs(const migi_kernels *k, uint32_t *panels, const uint
     }
 }
 
-/* One block of keys and values of one head: widened if half floats, rounded to bf16 or not, turned to panels. */
+/* One block of keys and values of one head: widened if half floats, keys turned by their angles, rounded to bf16 or not, packed
+ * to panels. */
 static void pack_block(void *arg, int task, int worker)
 {
     const call *c = arg;
@@ -241,7 +259,7 @@ static void pack_block(void *arg, int task, int worker)
     float *wide = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
     uint16_t *half = (uint16_t *)(void *)(wide + KEY_BLOCK * s);
     char *to = packed_block(c, head, number), *to_values = to + side_bytes(c->ws->bf16, s);
-    const float *keys = as_floats(c, a->k, at, first, n, wide, &ldk);
+    const float *keys = as_floats(c, a->k, at, first, n, a->cosine != NULL, wide, &ldk);
     if (c->ws->bf16) {
         for (int i = 0; i < n; i++) k->round_bf16(half + (size_t)i * s, keys + (size_t)i * ldk, (size_t)a->size);
         for (int j = 0; j < n; j += k->nr_bf16)
@@ -250,7 +268,7 @@ static void pack_block(void *arg, int task, int worker)
     } else
         for (int j = 0; j < n; j += k->nr)
             k->pack_f32((float *)(void *)to + (size_t)j * s, keys + (size_t)j * ldk, ldk, min_int(k->nr, n - j), a->size);
-    const float *values = as_floats(c, a->v, at, first, n, wide, &ldv);
+    const float *values = as_floats(c, a->v, at, first, n, false, wide, &ldv);
     if (c->ws->bf16) {
         for (int i = 0; i < n; i++) k->round_bf16(half + (size_t)i * s, values + (size_t)i * ldv, (size_t)a->size);
         pack_value_pairs(k, (uint32_t *)(void *)to_values, half, s, n, (int)migi_padded(k, (size_t)n), a->size);
@@ -258,38 +276,28 @@ static void pack_block(void *arg, int task, int worker)
         pack_values(k, (float *)(void *)to_values, values, ldv, n, a->size);
 }
 
-/* scores[rows][KEY_BLOCK] = q k^T of the task's queries from `row` on and n packed keys */
+/* scores[rows][SCORES] = q k^T of the task's queries from `row` on and n packed keys */
 static void block_scores(const call *c, const room *r, const char *keys, int row, int rows, int n)
 {
     const migi_kernels *k = c->ws->k;
     size_t at = (size_t)row * c->s;
-    memset(r->scores, 0, (size_t)rows * KEY_BLOCK * sizeof *r->scores);
-    int nr = c->ws->bf16 ? k->nr_bf16 : k->nr, padded = (int)migi_padded(k, (size_t)c->a->size);
-    for (int j = 0; j < n; j += nr) {
-        int cols = min_int(nr, n - j);
-        if (c->ws->bf16)
-            k->gemm_bf16(r->scores + j, KEY_BLOCK, r->q_half + at, c->s, (const uint32_t *)(const void *)keys + (size_t)j * c->s / 2,
-                         rows, cols, padded);
-        else
-            k->gemm_f32(r->scores + j, KEY_BLOCK, r->q + at, c->s, (const float *)(const void *)keys + (size_t)j * c->s, rows, cols,
-                        c->a->size);
-    }
+    if (c->ws->bf16)
+        k->gemm_bf16(r->scores, SCORES, r->q_half + at, c->s, (const uint32_t *)(const void *)keys, (size_t)k->nr_bf16 * c->s / 2, rows,
+                     n, (int)migi_padded(k, (size_t)c->a->size), 0);
+    else
+        k->gemm_f32(r->scores, SCORES, r->q + at, c->s, (const float *)(const void *)keys, (size_t)k->nr * c->s, rows, n, c->a->size, 0);
 }
 
-/* out[rows][s] of the task's queries from `row` on += probabilities times n packed values */
-static void block_values(const call *c, const room *r, const char *values, int row, int rows, int n)
+/* out[rows][s] of the task's queries from `row` on = probabilities times n packed values, or with add += */
+static void block_values(const call *c, const room *r, const char *values, int row, int rows, int n, int add)
 {
     const migi_kernels *k = c->ws->k;
-    int size = c->a->size, nr = c->ws->bf16 ? k->nr_bf16 : k->nr, padded = (int)migi_padded(k, (size_t)n);
     float *out = r->out + (size_t)row * c->s;
-    for (int j = 0; j < size; j += nr) {
-        int cols = min_int(nr, size - j);
-        if (c->ws->bf16)
-            k->gemm_bf16(out + j, c->s, r->p_half, KEY_BLOCK, (const uint32_t *)(const void *)values + (size_t)j * (KEY_BLOCK / 2),
-                         rows, cols, padded);
-        else
-            k->gemm_f32(out + j, c->s, r->scores, KEY_BLOCK, (const float *)(const void *)values + (size_t)j * KEY_BLOCK, rows, cols, n);
-    }
+    if (c->ws->bf16)
+        k->gemm_bf16(out, c->s, r->p_half, SCORES, (const uint32_t *)(const void *)values, (size_t)k->nr_bf16 * (KEY_BLOCK / 2), rows,
+                     c->a->size, (int)migi_padded(k, (size_t)n), add);
+    else
+        k->gemm_f32(out, c->s, r->scores, SCORES, (const float *)(const void *)values, (size_t)k->nr * KEY_BLOCK, rows, c->a->size, n, add);
 }
 
 /* The task's queries from `row` on meet a packed block of the keys [k0, k0 + n); `before`: keys ahead of the first of these
@@ -300,15 +308,15 @@ static void meet_keys(const call *c, const room *r, const char *packed, int row,
     int padded = (int)migi_padded(k, (size_t)n);
     block_scores(c, r, packed, row, rows, n);
     for (int i = 0; i < rows; i++) {
-        float *scores = r->scores + (size_t)i * KEY_BLOCK;
-        uint16_t *half = c->ws->bf16 ? r->p_half + (size_t)i * KEY_BLOCK : NULL;
+        float *scores = r->scores + (size_t)i * SCORES;
+        uint16_t *half = c->ws->bf16 ? r->p_half + (size_t)i * SCORES : NULL;
         int seen = c->a->causal ? before + i + 1 - k0 : n;
         for (int j = seen < 0 ? 0 : min_int(seen, n); j < n; j++) scores[j] = -INFINITY;
         float down = fold(k, scores, half, n, &r->max[row + i], &r->sum[row + i]);
         if (half) memset(half + n, 0, (size_t)(padded - n) * sizeof *half);
         if (k0 && down != 1.f) k->scale(r->out + (size_t)(row + i) * c->s, c->a->size, down);
     }
-    block_values(c, r, packed + side_bytes(c->ws->bf16, c->s), row, rows, n);
+    block_values(c, r, packed + side_bytes(c->ws->bf16, c->s), row, rows, n, k0 > 0);
 }
 
 static void many_queries(void *arg, int task, int worker)
@@ -323,13 +331,13 @@ static void many_queries(void *arg, int task, int worker)
     int visible = a->causal ? before + rows : a->keys, part = even_part(rows, Q_BLOCK);
     for (int i = 0; i < rows; i++) {
         memcpy(r.q + (size_t)i * s, a->q + (size_t)(q0 + i) * a->ldq + (size_t)head * size, size * sizeof *r.q);
+        if (a->cosine) turn(c, r.q + (size_t)i * s, before + i);
         k->scale(r.q + (size_t)i * s, a->size, c->factor);
         r.max[i] = -INFINITY, r.sum[i] = 0.f;
         if (!c->ws->bf16) continue;
         k->round_bf16(r.q_half + (size_t)i * s, r.q + (size_t)i * s, size);
         memset(r.q_half + (size_t)i * s + size, 0, (s - size) * sizeof *r.q_half);
     }
-    memset(r.out, 0, (size_t)rows * s * sizeof *r.out);
     for (int k0 = 0; k0 < visible; k0 += KEY_BLOCK) {
         const char *packed = packed_block(c, head / (a->heads / a->kv_heads), k0 / KEY_BLOCK);
         for (int i = 0; i < rows; i += part) {
@@ -356,7 +364,7 @@ void migi_attend(workspace *ws, const attention *a)
 {
     call c = {.ws = ws, .a = a, .factor = LOG2_E / sqrtf((float)a->size), .s = padded_size(ws->k, a->size)};
     int threads = migi_pool_threads(ws->pool);
-    if (a->queries > FEW_QUERIES) {
+    if (a->queries > FEW_QUERIES || a->cosine) {
         c.part = task_queries(a, threads);
         c.parts = (a->queries + c.part - 1) / c.part;
         migi_pool_run(ws->pool, pack_block, &c, (a->keys + KEY_BLOCK - 1) / KEY_BLOCK * a->kv_heads);

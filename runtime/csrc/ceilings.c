@@ -81,7 +81,7 @@ static double kernel_f32(const migi_kernels *k, char *a, char *w, char *c)
 {
     enum { M = 24, K = 128, TIMES = 400 }; /* M: a multiple of every tile's rows but 16 */
     for (int i = 0; i < TIMES; i++)
-        k->gemm_f32((float *)(void *)c, MIGI_MAX_NR, (const float *)(const void *)a, K, (const float *)(const void *)w, M, k->nr, K);
+        k->gemm_f32((float *)(void *)c, MIGI_MAX_NR, (const float *)(const void *)a, K, (const float *)(const void *)w, 0, M, k->nr, K, 1);
     return 2. * M * K * k->nr * TIMES;
 }
 
@@ -89,8 +89,8 @@ static double kernel_bf16(const migi_kernels *k, char *a, char *w, char *c)
 {
     enum { M = 96, K = 128, TIMES = 200 };
     for (int i = 0; i < TIMES; i++)
-        k->gemm_bf16((float *)(void *)c, MIGI_MAX_NR, (const uint16_t *)(const void *)a, K, (const uint32_t *)(const void *)w, M,
-                     k->nr_bf16, K);
+        k->gemm_bf16((float *)(void *)c, MIGI_MAX_NR, (const uint16_t *)(const void *)a, K, (const uint32_t *)(const void *)w, 0, M,
+                     k->nr_bf16, K, 1);
     return 2. * M * K * k->nr_bf16 * TIMES;
 }
 

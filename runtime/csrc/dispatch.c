@@ -54,7 +54,7 @@ static int runs_amx(void)
 {
     features f = read_features();
     unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25; /* AMX-BF16, AMX-TILE, AMX-INT8 */
-    if (!runs_avx512vnni() || (f.leaf7_d & wanted) != wanted) return 0;
+    if (!runs_avx512bf16() || (f.leaf7_d & wanted) != wanted) return 0;
     if ((f.xcr0 & XCR0_TILES) != XCR0_TILES) return 0;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILEDATA) == 0;
 }

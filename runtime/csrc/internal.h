@@ -133,7 +133,8 @@ typedef struct attention {
     int queries, keys; /* with causal, query i sees keys [0, keys - queries + i] */
     int heads, kv_heads, size;
     bool causal;
-    void *panels; /* for more than MIGI_FEW_ROWS queries: migi_attention_panels bytes of room */
+    const float *cosine, *sine; /* [keys][size / 2] angles that queries and keys are turned by on their way, or NULL */
+    void *panels; /* with angles, or more than MIGI_FEW_ROWS queries: migi_attention_panels bytes of room */
 } attention;
 
 void migi_attend(workspace *ws, const attention *a);

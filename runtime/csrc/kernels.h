@@ -1,7 +1,7 @@
 /* kernels.h - one table per instruction set, every slot filled.
  *
- * Kernels compute; they do not allocate, thread, log or choose. Products always add to what the output holds, so that
- * bias and residual are whatever the caller put there first.
+ * Kernels compute; they do not allocate, thread, log or choose. Products add to what the output holds, so that bias and
+ * residual are whatever the caller put there first; gemm_f32 and gemm_bf16 only where they are told to.
  *
  * Numbers are the same to the bit on every table but for bf16 dot products (bf16_dots), so that a model answers alike on
  * every machine: a product with its addition is rounded once (fma); a value of a matrix product is added up along k from zero,
@@ -12,7 +12,7 @@
  * A panel is a block of weight rows turned so that one step along k reads `nr` neighbours:
  *     f32 panel   float[k][nr]                 panel[i * nr + r] = w[r, i]
  *     bf16 panel  uint32[k / 2][nr_bf16]       low half w[r, 2i], high half w[r, 2i + 1]
- * Rows past the matrix are zero.
+ * Rows past the matrix are zero. From one panel of a matrix to the next it is ldp elements.
  *
  * Quantized weights lie in the file as every table reads them, in blocks of 16 rows, k padded with zeros to a multiple of
  * MIGI_K_INT8 and rows to a multiple of 16. A quad is four neighbours along k:
@@ -53,15 +53,16 @@ typedef struct migi_kernels {
     /* panel <- rows w[0..rows) x k, rows <= nr */
     void (*pack_f32)(float *panel, const float *w, size_t ldw, int rows, int k);
     void (*pack_bf16)(float *panel, const uint16_t *w, size_t ldw, int rows, int k);
-    /* c[m, n] += a[m, k] panel[k, n], n <= nr */
-    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const float *panel, int m, int n, int k);
+    /* c[m, n] = a[m, k] w[n, k]^T, or += with add */
+    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const float *panels, size_t ldp, int m, int n, int k, int add);
 
-    /* dst <- src rounded to bf16, ties to even */
+    /* dst <- src rounded to bf16, ties to even; subnormals may become zeros where bf16_dots, whose products take them so */
     void (*round_bf16)(uint16_t *dst, const float *src, size_t n);
     /* bf16 panel <- rows w[0..rows) x k, rows <= nr_bf16, k padded with zeros to k_padded */
     void (*pack_pairs)(uint32_t *panel, const uint16_t *w, size_t ldw, int rows, int k, int k_padded);
-    /* c[m, n] += a[m, k] panel[k, n], bf16 x bf16 with f32 sums; n <= nr_bf16, k a multiple of k_bf16 */
-    void (*gemm_bf16)(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k);
+    /* the same, bf16 x bf16 with f32 sums; k a multiple of k_bf16 */
+    void (*gemm_bf16)(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k,
+                      int add);
 
     /* y[rows] += w[rows, k] x[k] */
     void (*gemv_f32)(float *y, const float *w, size_t ldw, const float *x, int rows, int k);

@@ -14,7 +14,7 @@
 #include "int8_vnni.inc"
 
 /* The last vector of c's rows holds `last` values. m and vectors are constants where it is inlined. */
-INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k)
+INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k, int add)
 {
     __m512 sum[SIMD_MR][2];
     for (int i = 0; i < m; i++)
@@ -32,31 +32,29 @@ INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const
             for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x, b[v]);
         }
     }
-    if (last == 16) {
-        for (int i = 0; i < m; i++)
-            for (int v = 0; v < vectors; v++) store(c + i * ldc + v * 16, load(c + i * ldc + v * 16) + (vf)sum[i][v]);
-        return;
-    }
     for (int i = 0; i < m; i++)
         for (int v = 0; v < vectors; v++) {
             __mmask16 mask = v < vectors - 1 ? 0xffff : (__mmask16)((1u << last) - 1);
             float *to = c + i * ldc + v * 16;
-            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum[i][v]));
+            if (add) sum[i][v] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum[i][v]);
+            _mm512_mask_storeu_ps(to, mask, sum[i][v]);
         }
 }
 
-INLINE void bf16_rows(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k)
+INLINE void bf16_rows(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k,
+                      int add)
 {
     int i = 0;
-    for (; i + SIMD_MR <= m; i += SIMD_MR) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, SIMD_MR, vectors, last, k);
-    for (; i + 4 <= m; i += 4) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 4, vectors, last, k);
-    for (; i < m; i++) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 1, vectors, last, k);
+    for (; i + SIMD_MR <= m; i += SIMD_MR) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, SIMD_MR, vectors, last, k, add);
+    for (; i + 4 <= m; i += 4) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 4, vectors, last, k, add);
+    for (; i < m; i++) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 1, vectors, last, k, add);
 }
 
-static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
+static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k,
+                      int add)
 {
-    if (n > 16) bf16_rows(c, ldc, a, lda, panel, m, 2, n - 16, k);
-    else bf16_rows(c, ldc, a, lda, panel, m, 1, n, k);
+    for (; n > 16; n -= NR, c += NR, panels += ldp) bf16_rows(c, ldc, a, lda, panels, m, 2, (n < NR ? n : NR) - 16, k, add);
+    if (n > 0) bf16_rows(c, ldc, a, lda, panels, m, 1, n, k, add);
 }
 
 const migi_kernels migi_kernels_avx512bf16 = {

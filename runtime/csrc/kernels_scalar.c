@@ -17,13 +17,14 @@ static void pack_bf16(float *panel, const uint16_t *w, size_t ldw, int rows, int
         for (int r = 0; r < NR; r++) panel[(size_t)i * NR + r] = r < rows ? migi_bf16_to_f32(w[r * ldw + i]) : 0.f;
 }
 
-static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const float *panel, int m, int n, int k)
+static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const float *panels, size_t ldp, int m, int n, int k, int add)
 {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
+            const float *panel = panels + (size_t)(j / NR) * ldp + j % NR;
             float sum = 0.f;
-            for (int l = 0; l < k; l++) sum = migi_fma(a[i * lda + l], panel[(size_t)l * NR + j], sum);
-            c[i * ldc + j] += sum;
+            for (int l = 0; l < k; l++) sum = migi_fma(a[i * lda + l], panel[(size_t)l * NR], sum);
+            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
         }
 }
 
@@ -41,17 +42,19 @@ static void pack_pairs(uint32_t *panel, const uint16_t *w, size_t ldw, int rows,
         }
 }
 
-static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int n, int k)
+static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k,
+                      int add)
 {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
+            const uint32_t *panel = panels + (size_t)(j / NR) * ldp + j % NR;
             float sum = 0.f;
             for (int l = 0; l < k; l += 2) {
-                uint32_t pair = panel[(size_t)(l / 2) * NR + j];
+                uint32_t pair = panel[(size_t)(l / 2) * NR];
                 sum = migi_fma(migi_bf16_to_f32(a[i * lda + l]), migi_bf16_to_f32((uint16_t)pair), sum);
                 sum = migi_fma(migi_bf16_to_f32(a[i * lda + l + 1]), migi_bf16_to_f32((uint16_t)(pair >> 16)), sum);
             }
-            c[i * ldc + j] += sum;
+            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
         }
 }
 

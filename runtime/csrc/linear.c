@@ -209,9 +209,8 @@ static void many_rows_f32(const call *c, const linear *job, int n0, int n, float
         for (int j = 0; j < n; j += k->nr)
             pack(k, w, n0 + j, min_int(k->nr, n - j), k0, depth, panels + (size_t)j * K_BLOCK_F32);
         for (int r = 0; r < c->rows; r += M_BLOCK)
-            for (int j = 0; j < n; j += k->nr)
-                k->gemm_f32(job->y + (size_t)r * job->ldy + n0 + j, job->ldy, c->x + (size_t)r * c->ldx + k0, c->ldx,
-                            panels + (size_t)j * K_BLOCK_F32, min_int(M_BLOCK, c->rows - r), min_int(k->nr, n - j), depth);
+            k->gemm_f32(job->y + (size_t)r * job->ldy + n0, job->ldy, c->x + (size_t)r * c->ldx + k0, c->ldx, panels,
+                        (size_t)k->nr * K_BLOCK_F32, min_int(M_BLOCK, c->rows - r), n, depth, 1);
     }
 }
 
@@ -226,11 +225,8 @@ static void many_rows_bf16(const call *c, const linear *job, int n0, int n, uint
             k->pack_pairs(panels + (size_t)j * (K_BLOCK_BF16 / 2), (const uint16_t *)w->data + (size_t)(n0 + j) * ldw + (size_t)k0,
                           ldw, min_int(k->nr_bf16, n - j), depth, padded);
         for (int r = 0; r < c->rows; r += M_BLOCK)
-            for (int j = 0; j < n; j += k->nr_bf16)
-                k->gemm_bf16(job->y + (size_t)r * job->ldy + n0 + j, job->ldy,
-                             c->ws->rounded + (size_t)r * c->ld_rounded + k0, c->ld_rounded,
-                             panels + (size_t)j * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, c->rows - r),
-                             min_int(k->nr_bf16, n - j), padded);
+            k->gemm_bf16(job->y + (size_t)r * job->ldy + n0, job->ldy, c->ws->rounded + (size_t)r * c->ld_rounded + k0, c->ld_rounded,
+                         panels, (size_t)k->nr_bf16 * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, c->rows - r), n, padded, 1);
     }
 }
 

@@ -45,22 +45,6 @@ static void rope_tables(const migi_config *c, int height, int width, float *cosi
                     }
 }
 
-typedef struct rope_call {
-    const migi_session *s;
-    const buffers *b;
-} rope_call;
-
-static void rope_row(void *arg, int row, int worker)
-{
-    const rope_call *r = arg;
-    const migi_config *c = &r->s->model->c;
-    (void)worker;
-    int size = c->v_dim / c->v_heads;
-    for (int head = 0; head < 2 * c->v_heads; head++) /* q and k lie side by side */
-        r->s->ws.k->rope(r->b->qkv + (size_t)row * 3 * (size_t)c->v_dim + (size_t)head * (size_t)size,
-                         r->b->cosine + (size_t)row * (size_t)(size / 2), r->b->sine + (size_t)row * (size_t)(size / 2), size / 2);
-}
-
 static void apply(migi_session *s, const matrix *w, const float *bias, const float *x, size_t ldx, float *y, size_t ldy, int rows, bool add)
 {
     migi_linears(&s->ws, &(linear){w, bias, y, ldy, add}, 1, x, ldx, rows);
@@ -82,10 +66,10 @@ static void run_block(migi_session *s, const block *l, buffers *b)
     for (int p = 0; p < b->patches; p += chunk)
         apply_normed(s, &l->qkv, l->qkv_bias, &l->before_attention, b->x + (size_t)p * d, b, b->qkv + (size_t)p * 3 * d, 3 * d,
                      min_int(chunk, b->patches - p), NULL);
-    migi_pool_run(s->ws.pool, rope_row, &(rope_call){s, b}, b->patches);
     migi_attend(&s->ws, &(attention){.q = b->qkv, .ldq = 3 * d, .k = b->qkv + d, .v = b->qkv + 2 * d, .ldkv = 3 * d,
         .kv_head = d / (size_t)c->v_heads, .out = b->qkv, .ldo = 3 * d, .queries = b->patches, .keys = b->patches,
-        .heads = c->v_heads, .kv_heads = c->v_heads, .size = c->v_dim / c->v_heads, .causal = false, .panels = b->panels});
+        .heads = c->v_heads, .kv_heads = c->v_heads, .size = c->v_dim / c->v_heads, .causal = false, .cosine = b->cosine, .sine = b->sine,
+        .panels = b->panels});
     for (int p = 0; p < b->patches; p += chunk) {
         int rows = min_int(chunk, b->patches - p);
         float *x = b->x + (size_t)p * d;

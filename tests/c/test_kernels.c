@@ -39,18 +39,21 @@ static uint16_t *halves(size_t n)
     return p;
 }
 
-/* c[m, n] += a[m, k] w[n, k]^T by a table's own panels; w is floats or bf16 */
-static void multiply(const migi_kernels *t, float *c, size_t ldc, const float *a, size_t lda, const void *w, int bf16_weights, int m, int n, int k)
+/* c[m, n] = or += a[m, k] w[n, k]^T by a table's own panels, some bytes between one and the next; w is floats or bf16 */
+static void multiply(const migi_kernels *t, float *c, size_t ldc, const float *a, size_t lda, const void *w, int bf16_weights, int m, int n,
+                     int k, int add)
 {
-    float *panel = malloc((size_t)k * MIGI_MAX_NR * 4);
+    size_t ldp = (size_t)k * (size_t)t->nr + 3;
+    float *panels = malloc((size_t)(n + t->nr) / (size_t)t->nr * ldp * 4);
     for (int j = 0; j < n; j += t->nr) {
+        float *panel = panels + (size_t)(j / t->nr) * ldp;
         int cols = n - j < t->nr ? n - j : t->nr;
         size_t at = (size_t)j * (size_t)k;
         if (bf16_weights) t->pack_bf16(panel, (const uint16_t *)w + at, (size_t)k, cols, k);
         else t->pack_f32(panel, (const float *)w + at, (size_t)k, cols, k);
-        t->gemm_f32(c + j, ldc, a, lda, panel, m, cols, k);
     }
-    free(panel);
+    t->gemm_f32(c, ldc, a, lda, panels, ldp, m, n, k, add);
+    free(panels);
 }
 
 static void product(const migi_kernels *t, int m, int n, int k, int bf16_weights)
@@ -59,8 +62,9 @@ static void product(const migi_kernels *t, int m, int n, int k, int bf16_weights
     float *a = floats((size_t)m * lda), *w = floats((size_t)n * (size_t)k), *c = floats((size_t)m * ldc);
     uint16_t *h = halves((size_t)n * (size_t)k);
     float *want = copy_of(c, (size_t)m * ldc * 4), *same = copy_of(c, (size_t)m * ldc * 4);
-    multiply(t, c, ldc, a, lda, bf16_weights ? (const void *)h : w, bf16_weights, m, n, k);
-    multiply(truth, same, ldc, a, lda, bf16_weights ? (const void *)h : w, bf16_weights, m, n, k);
+    int add = (m + n + k) % 2;
+    multiply(t, c, ldc, a, lda, bf16_weights ? (const void *)h : w, bf16_weights, m, n, k, add);
+    multiply(truth, same, ldc, a, lda, bf16_weights ? (const void *)h : w, bf16_weights, m, n, k, add);
     int unlike = different(c, same, (size_t)m * ldc);
     CHECK(!unlike, "%s gemm_f32 %dx%dx%d: %d values differ", t->isa, m, n, k, unlike);
     for (int i = 0; i < m; i++)
@@ -69,7 +73,8 @@ static void product(const migi_kernels *t, int m, int n, int k, int bf16_weights
             for (int l = 0; l < k; l++)
                 sum += (double)a[(size_t)i * lda + (size_t)l] *
                        (double)(bf16_weights ? migi_bf16_to_f32(h[(size_t)j * (size_t)k + (size_t)l]) : w[(size_t)j * (size_t)k + (size_t)l]);
-            want[(size_t)i * ldc + (size_t)j] += (float)sum;
+            float *to = want + (size_t)i * ldc + (size_t)j;
+            *to = add ? *to + (float)sum : (float)sum;
         }
     CHECK(worst(c, want, (size_t)m * ldc) < 2e-5f, "%s gemm_f32 %dx%dx%d off by %g", t->isa, m, n, k, (double)worst(c, want, (size_t)m * ldc));
     free(a), free(w), free(c), free(h), free(want), free(same);
@@ -81,7 +86,9 @@ static void bf16_product(const migi_kernels *t, int m, int n, int k)
     size_t ldc = (size_t)n + 5;
     float *c = floats((size_t)m * ldc), *want = malloc((size_t)m * ldc * 4), *x = floats((size_t)m * (size_t)k);
     uint16_t *a = calloc((size_t)m * (size_t)padded, 2), *h = halves((size_t)n * (size_t)k);
-    uint32_t *panel = malloc((size_t)padded / 2 * MIGI_MAX_NR * 4);
+    int add = (m + n + k) % 2;
+    size_t ldp = (size_t)padded / 2 * (size_t)t->nr_bf16 + 5;
+    uint32_t *panels = malloc((size_t)(n + t->nr_bf16) / (size_t)t->nr_bf16 * ldp * 4);
     memcpy(want, c, (size_t)m * ldc * 4);
     for (int i = 0; i < m; i++) {
         t->round_bf16(a + (size_t)i * (size_t)padded, x + (size_t)i * (size_t)k, (size_t)k);
@@ -90,18 +97,19 @@ static void bf16_product(const migi_kernels *t, int m, int n, int k)
     }
     for (int j = 0; j < n; j += t->nr_bf16) {
         int cols = n - j < t->nr_bf16 ? n - j : t->nr_bf16;
-        t->pack_pairs(panel, h + (size_t)j * (size_t)k, (size_t)k, cols, k, padded);
-        t->gemm_bf16(c + j, ldc, a, (size_t)padded, panel, m, cols, padded);
+        t->pack_pairs(panels + (size_t)(j / t->nr_bf16) * ldp, h + (size_t)j * (size_t)k, (size_t)k, cols, k, padded);
     }
+    t->gemm_bf16(c, ldc, a, (size_t)padded, panels, ldp, m, n, padded, add);
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             double sum = 0;
             for (int l = 0; l < k; l++)
                 sum += (double)migi_bf16_to_f32(a[(size_t)i * (size_t)padded + (size_t)l]) * (double)migi_bf16_to_f32(h[(size_t)j * (size_t)k + (size_t)l]);
-            want[(size_t)i * ldc + (size_t)j] += (float)sum;
+            float *to = want + (size_t)i * ldc + (size_t)j;
+            *to = add ? *to + (float)sum : (float)sum;
         }
     CHECK(worst(c, want, (size_t)m * ldc) < 2e-5f, "%s gemm_bf16 %dx%dx%d off by %g", t->isa, m, n, k, (double)worst(c, want, (size_t)m * ldc));
-    free(c), free(want), free(x), free(a), free(h), free(panel);
+    free(c), free(want), free(x), free(a), free(h), free(panels);
 }
 
 static void vectors(const migi_kernels *t, int rows, int k)
@@ -448,7 +456,7 @@ int main(void)
 {
     static const char *names[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "avx512vnni-emulated", "amx-emulated", "neon",
                                   "neon-dotprod", "neon-i8mm"};
-    static const int shapes[][3] = {{1, 1, 1}, {2, 7, 9}, {5, 16, 33}, {6, 17, 64}, {13, 31, 100}, {33, 64, 96}, {70, 45, 257}, {12, 32, 1176}};
+    static const int shapes[][3] = {{1, 1, 1}, {2, 7, 9}, {5, 16, 33}, {6, 17, 64}, {13, 31, 100}, {33, 64, 96}, {70, 45, 257}, {12, 32, 1176}, {48, 80, 96}};
     truth = &migi_kernels_scalar;
     multiply_adds();
     formulas();
