@@ -9,6 +9,7 @@ Letters: H, W a picture's rows and columns in pixels; P its patches, (H / patch)
 Source: transformers `image_processing_pil_qwen2_vl.py`, `image_transforms.py`; `preprocessor_config.json` of Qwen2-VL.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -23,7 +24,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError, MigicianError, ModelFileError, UnsupportedError
 
-__all__ = ["Picture", "PictureSource", "Preprocessor", "load_picture", "open_picture", "patchify", "smart_resize"]
+__all__ = [
+    "Picture",
+    "PictureSource",
+    "Preprocessor",
+    "content_key",
+    "load_picture",
+    "open_picture",
+    "patchify",
+    "picture_name",
+    "read_source",
+    "smart_resize",
+]
 
 PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray"
 
@@ -118,12 +130,14 @@ class Picture:
     rgb: u8[H, W, 3], C-contiguous, resized: H and W are multiples of the preprocessor's `factor`.
     width, height: in pixels of the picture as given, after EXIF rotation, before any resize.
     name: what messages call it.
+    key: what a cache may find it by; empty where nobody asked.
     """
 
     rgb: np.ndarray
     width: int
     height: int
     name: str
+    key: bytes = b""
 
 
 def smart_resize(
@@ -167,7 +181,7 @@ def load_picture(source: PictureSource, pre: Preprocessor, *, max_side: int | No
     """
     if max_side is not None and max_side < 1:
         raise ValueError(f"max_side is {max_side}: give a number of pixels from 1 up")
-    name = name or _name_of(source)
+    name = name or picture_name(source)
     image = open_picture(source, name=name)
     width, height = image.size
     try:
@@ -185,6 +199,45 @@ def load_picture(source: PictureSource, pre: Preprocessor, *, max_side: int | No
     return Picture(np.array(resized), width, height, name)
 
 
+def read_source(source: PictureSource) -> PictureSource:
+    """Returns the bytes of a file for a path, anything else as it is. Raises ImageError, one line."""
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    try:
+        return _read_file(Path(source))
+    except ImageError as e:
+        raise ImageError(f"{picture_name(source)}: {e}") from None
+
+
+def content_key(source: PictureSource, *settings: object) -> bytes:
+    """Names the content of a picture under the settings that it is read with: equal content and settings, equal key.
+
+    source: bytes of a file, an array, or a PIL image of mode RGB or L; empty for what would have to be read to be told
+    apart: a path, and PIL images that are transparent, turned by EXIF or of another mode.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype.kind not in "buif":
+            return b""
+        kind, content = (source.dtype.str, source.shape), np.ascontiguousarray(source).data
+    elif isinstance(source, Image.Image):
+        size = source.width * source.height
+        if source.mode not in ("RGB", "L") or "transparency" in source.info or size > MAX_SOURCE_PIXELS:
+            return b""
+        try:
+            if source.getexif().get(0x0112, 1) in range(2, 9):
+                return b""
+            kind, content = (source.mode, source.size), memoryview(source.tobytes())
+        except Exception:  # a damaged file behind it: whoever decodes it next says so
+            return b""
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        kind, content = ("file",), memoryview(bytes(source))
+    else:
+        return b""
+    digest = hashlib.sha256(repr((kind, settings)).encode())
+    digest.update(content)
+    return digest.digest()
+
+
 def open_picture(source: PictureSource, *, name: str = "") -> Image.Image:
     """Opens a picture as 8-bit RGB, upright.
 
@@ -197,7 +250,7 @@ def open_picture(source: PictureSource, *, name: str = "") -> Image.Image:
     Raises ImageError, one line, for whatever cannot be read: no such file, not a picture, damaged, or of more than
     178,956,970 pixels by its header, which is refused before anything is decoded.
     """
-    name = name or _name_of(source)
+    name = name or picture_name(source)
     try:
         if isinstance(source, np.ndarray):
             return _flatten(_from_array(source))
@@ -220,7 +273,7 @@ def open_picture(source: PictureSource, *, name: str = "") -> Image.Image:
         raise ImageError(f"{name}: cannot be decoded ({reason}); save the picture again, or use another file") from None
 
 
-def _name_of(source: object) -> str:
+def picture_name(source: object) -> str:
     """What messages call a picture: its path, or what it is."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source) or "''"

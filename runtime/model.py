@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from .boxes import Box, parse_boxes
-from .cache import CACHE_BYTES, PictureCache, picture_key
+from .cache import CACHE_BYTES, Kept, PictureCache
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
 from .describe import describe
 from .drafts import Draft, Speculator
 from .engine import VERIFY_ROWS, Pool, Session, Vision, Weights
 from .errors import ContextFullError, MigicianError, ModelFileError, UnsupportedError
-from .image import Picture, PictureSource, load_picture
+from .image import Picture, PictureSource, content_key, load_picture, picture_name, read_source
 from .prompt import TextStream, Vocabulary, build_prompt, token_spans
 
 __all__ = ["Answer", "Chat", "Model", "Step", "Stream", "Token", "load"]
@@ -126,7 +126,7 @@ class Stream(Iterator[Step]):
 class Model:
     """A loaded model. One call at a time; use one Model per thread, or share the file: pages are shared.
 
-    What a question leaves behind makes the next one cheap: encoded pictures are kept by their pixels, at most
+    What a question leaves behind makes the next one cheap: pictures are kept, encoded, by their content, at most
     cache_bytes of them, and the session keeps the KV cache of the last prompt and answer, of which the next prompt
     reuses what it begins with. The room for it grows without loss when a prompt needs more.
     """
@@ -254,7 +254,20 @@ class Model:
     def _load(self, images: Sequence[PictureSource], max_side: int | None) -> list[Picture]:
         if isinstance(images, (str, bytes, os.PathLike)):
             raise MigicianError("images must be a list of pictures; put the one picture in a list")
-        return [load_picture(image, self.preprocessor, max_side=max_side) for image in images]
+        return [self._open(image, max_side) for image in images]
+
+    def _open(self, source: PictureSource, max_side: int | None) -> Picture:
+        """Reads a picture, or finds it among those that are kept."""
+        pre, name = self.preprocessor, picture_name(source)
+        if not self._cache.limit_bytes:
+            return load_picture(source, pre, max_side=max_side)
+        source = read_source(source)
+        key = content_key(source, max_side, pre.min_pixels, pre.max_pixels)
+        kept = self._cache.get(key)
+        if kept is not None:
+            return kept.picture
+        picture = load_picture(source, pre, max_side=max_side, name=name)
+        return replace(picture, key=key or content_key(picture.rgb))
 
     def _prompt(
         self,
@@ -306,14 +319,13 @@ class Model:
             return [session.encode(picture.rgb) for picture in pictures], 0
         visions, reused = [], 0
         for picture in pictures:
-            key = picture_key(picture.rgb)
-            vision = self._cache.get(key)
-            if vision is None:
-                vision = session.encode(picture.rgb)
-                self._cache.put(key, vision)
+            kept = self._cache.get(picture.key)
+            if kept is None:
+                kept = Kept(picture, session.encode(picture.rgb))
+                self._cache.put(picture.key, kept)
             else:
                 reused += 1
-            visions.append(vision)
+            visions.append(kept.vision)
         return visions, reused
 
     def _decode(
@@ -440,7 +452,7 @@ def load(
     rounded, to int8 before quantized weights and to bf16 where the CPU multiplies that faster, "fp32" never.
     min_pixels, max_pixels: bounds on a resized picture's area, in place of the model's own.
     speculate: guess at coming tokens and verify several in one pass over the weights; the answer is the same without.
-    cache_bytes: most memory for encoded pictures that are kept for later questions, 0 for none.
+    cache_bytes: most memory for pictures that are kept, encoded, for later questions, 0 for none.
     Raises ModelFileError, UnsupportedError.
     """
     if backend != "native":

@@ -1,4 +1,4 @@
-"""Work kept between questions: pictures by their pixels, the KV prefix, growing sessions; and no answer shows it."""
+"""Work kept between questions: pictures by their content, the KV prefix, growing sessions; and no answer shows it."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from quantized import make_quantized
 
 from migician.runtime import model as model_module
-from migician.runtime.cache import CACHE_BYTES, PictureCache, picture_key
+from migician.runtime.cache import CACHE_BYTES, PictureCache
 from migician.runtime.engine import VERIFY_ROWS
 from migician.runtime.errors import Cancelled, ContextFullError, MigicianError
 from migician.runtime.model import load
@@ -75,14 +75,6 @@ def test_a_key_put_twice_counts_once():
     assert (len(cache), cache.size_bytes) == (0, 0)
 
 
-def test_keys_name_pixels_and_shape():
-    rgb = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    other = rgb.copy()
-    other[3, 5, 2] ^= 1
-    assert picture_key(rgb) == picture_key(rgb.copy()) == picture_key(np.asfortranarray(rgb))
-    assert len({picture_key(rgb), picture_key(rgb.reshape(6, 4, 3)), picture_key(other)}) == 3
-
-
 @pytest.fixture(scope="module", params=["plain", "quantized"])
 def checkpoint(request, tiny, tmp_path_factory):
     if request.param == "plain":
@@ -120,6 +112,43 @@ def test_other_pictures_with_the_same_question_are_not_mistaken(tiny):
         assert one.stats["reused_pictures"] == other.stats["reused_pictures"] == 2
         cold._session = None
         assert tokens(other) == tokens(cold.ground([noise(90, 60, 0), noise(90, 60, 1)], "x", max_new_tokens=8))
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "array", "reversed", "pil", "palette"])
+def test_a_kept_picture_is_not_read_again(tiny, tmp_path, monkeypatch, kind):
+    picture = noise(90, 60)
+    picture.save(tmp_path / "a.png")
+    array = np.asarray(picture)
+    give = {
+        "path": lambda: tmp_path / "a.png",
+        "bytes": lambda: (tmp_path / "a.png").read_bytes(),
+        "array": lambda: array.copy(),
+        "reversed": lambda: np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1],
+        "pil": lambda: Image.fromarray(array),
+        "palette": lambda: picture.quantize(16),  # read again, but not encoded again
+    }[kind]
+    read, load_picture = [], model_module.load_picture
+    monkeypatch.setattr(model_module, "load_picture", lambda *a, **k: read.append(a) or load_picture(*a, **k))
+    with load(tiny) as model:
+        first = model.ground([give()], "where?", max_new_tokens=8)
+        again = model.ground([give()], "where?", max_new_tokens=8)
+        assert tokens(again) == tokens(first) and again.stats["reused_pictures"] == 1
+        assert len(read) == (2 if kind == "palette" else 1)
+        other = model.ground([give()], "where?", max_new_tokens=8, max_side=40)
+        assert other.stats["reused_pictures"] == (kind == "palette")  # its pixels end as the same
+        assert model._cache.size_bytes == sum(
+            k.picture.rgb.nbytes + k.vision.bytes for k in model._cache._kept.values()
+        )
+
+
+def test_a_file_that_changed_is_read_again(tiny, tmp_path):
+    with load(tiny) as model, load(tiny, cache_bytes=0) as cold:
+        for seed in (0, 1):
+            noise(90, 60, seed).save(tmp_path / "a.png")
+            answer = model.ground([tmp_path / "a.png"], "where?", max_new_tokens=8)
+            assert answer.stats["reused_pictures"] == 0
+            cold._session = None
+            assert tokens(answer) == tokens(cold.ground([tmp_path / "a.png"], "where?", max_new_tokens=8))
 
 
 def test_the_cache_keeps_its_bound_and_evicted_pictures_come_anew(tiny):

@@ -11,7 +11,15 @@ import pytest
 from PIL import Image
 
 from migician.runtime.errors import ImageError, MigicianError, ModelFileError, UnsupportedError
-from migician.runtime.image import Preprocessor, load_picture, open_picture, patchify, smart_resize
+from migician.runtime.image import (
+    Preprocessor,
+    content_key,
+    load_picture,
+    open_picture,
+    patchify,
+    read_source,
+    smart_resize,
+)
 
 PRE = Preprocessor(min_pixels=56 * 56, max_pixels=28 * 28 * 300)
 
@@ -338,3 +346,50 @@ def test_preprocessor_refuses(settings, error):
         Preprocessor.from_dict(settings)
     with pytest.raises(MigicianError):
         replace(PRE, min_pixels=PRE.max_pixels + 1)
+
+
+def test_keys_name_content_and_settings(tmp_path):
+    rgb = noise(4, 6)
+    other = rgb.copy()
+    other[3, 5, 2] ^= 1
+    same = [rgb, rgb.copy(), np.asfortranarray(rgb), np.ascontiguousarray(rgb[:, ::-1])[:, ::-1]]
+    assert len({content_key(array, 7) for array in same}) == 1
+    file = encoded(Image.fromarray(rgb))
+    (tmp_path / "a.png").write_bytes(file)
+    assert read_source(tmp_path / "a.png") == file and read_source(str(tmp_path / "a.png")) == file
+    assert content_key(file) == content_key(bytearray(file)) == content_key(memoryview(file + file)[: len(file)])
+    wide = memoryview(np.repeat(np.frombuffer(file, np.uint8), 2).tobytes())[::2]
+    assert content_key(wide) == content_key(file)
+    gray = Image.fromarray(rgb[:, :, 0])
+    different = [
+        (rgb,),
+        (rgb, 1),
+        (rgb, 1, 2),
+        (other,),
+        (rgb.reshape(6, 4, 3),),
+        (rgb.view(np.int8),),
+        (rgb[:, :, :1],),
+        (rgb[:, :, 0],),
+    ]
+    different += [
+        (file,),
+        (Image.fromarray(rgb),),
+        (Image.fromarray(rgb.reshape(6, 4, 3)),),
+        (gray,),
+        (gray.convert("RGB"),),
+    ]
+    keys = [content_key(*arguments) for arguments in different]
+    assert len({*keys}) == len(keys) and all(len(key) == 32 for key in keys)
+
+
+def test_what_must_be_read_first_has_no_key():
+    picture = Image.fromarray(noise(4, 6))
+    seen_through, turned = picture.copy(), picture.copy()
+    seen_through.info["transparency"] = (1, 2, 3)
+    turned.getexif()[0x0112] = 6
+    damaged = Image.open(io.BytesIO(encoded(Image.fromarray(noise(40, 60)))[:200]))
+    strange = ["a.png", picture.convert("P"), picture.convert("RGBA"), seen_through, turned, damaged]
+    strange += [np.array([object()]), np.array(["a"]), None, 3]
+    assert all(content_key(source) == b"" for source in strange)
+    with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
+        read_source("nowhere.png")
