@@ -72,14 +72,13 @@ typedef struct linear {
 
 typedef struct norm { float *w, *b; } norm; /* b NULL for RMS norms */
 
-/* What is multiplied: rows of x, those rows normed, or silu(x) times the rows of `up`. */
+/* What is multiplied: rows of x, or those rows normed. */
 typedef struct rows_in {
     const float *x; /* [T, K] */
     size_t ldx;
     const norm *norm; /* or NULL */
     float eps;
-    const float *up; /* [T, K] side by side, as x is then; or NULL */
-    float *room;     /* [T, K] for rows that are multiplied as float, with a norm or `up`; may be x */
+    float *room; /* [T, K] for normed rows that are multiplied as float */
 } rows_in;
 
 /* Where products run: threads, precision, buffers. One per session. */
@@ -105,8 +104,10 @@ enum {
 /* Applies up to MIGI_LINEARS maps to the same x[T, K]. Up to MIGI_FEW_ROWS rows are computed each as if it were alone, to
  * the bit. */
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows);
-/* The same for rows that may still need their norm or gate; then `then(y, n)` over all outputs, NULL: nothing. */
+/* The same for rows that may still need their norm; then `then(y, n)` over all outputs, NULL: nothing. */
 void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n));
+/* gate->y = silu(x gate^T) * (x up^T) */
+void migi_gated(workspace *ws, const linear *gate, const matrix *up, const rows_in *in, int rows);
 size_t migi_linear_scratch(void);
 /* n padded to what bf16 products, and what integer products read. */
 static inline size_t migi_padded(const migi_kernels *k, size_t n)
@@ -215,7 +216,7 @@ struct migi_session {
     int32_t *positions; /* [3][context] */
     int32_t next_position;
     bool logits_ready;
-    float *x, *h, *q, *gate, *up, *angles, *logits; /* sized in migi_session_new */
+    float *x, *h, *q, *gated, *angles, *logits; /* sized in migi_session_new */
     float *kv; /* [chunk][k, v][kv_heads][head_dim], on its way to the cache */
     unsigned char *seen;                                 /* [vocab] tokens on the timeline, for the repetition penalty */
 };

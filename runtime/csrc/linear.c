@@ -8,7 +8,7 @@
  * Quantized weights are multiplied as integers: rows of x become int8 once for all maps that share them, sums are int32
  * and exact, so they depend on no blocking, thread or instruction set. int8 blocks are read in place; so are int4 blocks by
  * up to as many rows as the table says (i4_rows), beyond which they are expanded to int8, K_BLOCK_INT columns at a time. A
- * norm or gate before the map, bias, scales and activation function work on rows and blocks that are in the cache anyway. A session
+ * norm before the map, bias, scales, gate and activation function work on rows and blocks that are in the cache anyway. A session
  * that keeps activations float turns the weights to float panels instead.
  */
 #include "internal.h"
@@ -34,6 +34,7 @@ typedef struct call {
     workspace *ws;
     const linear *jobs;
     int first[MIGI_LINEARS + 1]; /* first task of each map */
+    const matrix *up; /* of the one map, where it is gated */
     const rows_in *in;
     const float *x; /* what float products read */
     size_t ldx;
@@ -42,14 +43,15 @@ typedef struct call {
     size_t ld_rounded, ld_quantized; /* 0: x is not rounded, not quantized */
 } call;
 
-/* Integer products keep their sums before the widened weights. */
-enum { SUMS_BYTES = MIGI_CHUNK * N_BLOCK * 4 };
+/* A worker's room: columns of a gated map's second half, then what a product needs; integer products keep their sums before
+ * the widened weights. */
+enum { UP_BYTES = MIGI_CHUNK * N_BLOCK * 4, SUMS_BYTES = MIGI_CHUNK * N_BLOCK * 4 };
 
 size_t migi_linear_scratch(void)
 {
     size_t f32 = (size_t)K_BLOCK_F32 * N_BLOCK * 4, bf16 = (size_t)K_BLOCK_BF16 / 2 * N_BLOCK * 4;
     size_t integers = SUMS_BYTES + (size_t)K_BLOCK_INT * N_BLOCK;
-    return integers > f32 && integers > bf16 ? integers : f32 > bf16 ? f32 : bf16;
+    return UP_BYTES + (integers > f32 && integers > bf16 ? integers : f32 > bf16 ? f32 : bf16);
 }
 
 /* ---- integer products */
@@ -88,18 +90,20 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
     }
 }
 
-static void integer_columns(const call *c, const linear *job, int n0, int n, char *scratch)
+/* In what follows `some` is a map from its column n0 on: its y and bias begin there. */
+
+static void integer_columns(const call *c, const linear *some, int n0, int n, char *scratch)
 {
     int32_t *sums = (int32_t *)(void *)scratch;
     int whole = (n + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
     memset(sums, 0, (size_t)c->rows * N_BLOCK * sizeof *sums);
-    sum_columns(c->ws->k, job->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
-    const float *scales = job->w->scales + n0, *bias = job->bias ? job->bias + n0 : NULL;
+    sum_columns(c->ws->k, some->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
+    const float *scales = some->w->scales + n0;
     for (int r = 0; r < c->rows; r++) {
-        float *y = job->y + (size_t)r * job->ldy + n0;
+        float *y = some->y + (size_t)r * some->ldy;
         const int32_t *sum = sums + (size_t)r * N_BLOCK;
-        for (int j = 0; j < n && r + AHEAD < c->rows; j += 16) __builtin_prefetch(y + AHEAD * job->ldy + j, 1);
-        (job->add ? c->ws->k->add_scaled : c->ws->k->put_scaled)(y, sum, c->ws->row_scales[r], scales, bias, n);
+        for (int j = 0; j < n && r + AHEAD < c->rows; j += 16) __builtin_prefetch(y + AHEAD * some->ldy + j, 1);
+        (some->add ? c->ws->k->add_scaled : c->ws->k->put_scaled)(y, sum, c->ws->row_scales[r], scales, some->bias, n);
         if (c->then) c->then(y, n);
     }
 }
@@ -111,10 +115,7 @@ static const float *ready_row(const call *c, int row, float *room)
     const migi_kernels *k = c->ws->k;
     const float *x = in->x + (size_t)row * in->ldx;
     int n = c->jobs[0].w->cols;
-    if (in->up) {
-        if (room != x) memcpy(room, x, (size_t)n * sizeof *x);
-        k->silu_mul(room, in->up + (size_t)row * (size_t)n, n);
-    } else if (in->norm && in->norm->b)
+    if (in->norm && in->norm->b)
         k->layer_norm(room, x, in->norm->w, in->norm->b, n, in->eps);
     else if (in->norm)
         k->rms_norm(room, x, in->norm->w, n, in->eps);
@@ -158,13 +159,13 @@ void migi_dequantize(const matrix *w, int row, int rows, int k, int depth, float
             to[(size_t)r * step_row + (size_t)i * step_k] = (float)stored(w, row + r, k + i) * w->scales[row + r];
 }
 
-static void few_rows_widened(const call *c, const linear *job, int n0, int n, float *wide)
+static void few_rows_widened(const call *c, const linear *some, int n0, int n, float *wide)
 {
-    for (int k0 = 0; k0 < job->w->cols; k0 += K_BLOCK_F32) {
-        int depth = min_int(K_BLOCK_F32, job->w->cols - k0);
-        migi_dequantize(job->w, n0, n, k0, depth, wide, K_BLOCK_F32, 1);
+    for (int k0 = 0; k0 < some->w->cols; k0 += K_BLOCK_F32) {
+        int depth = min_int(K_BLOCK_F32, some->w->cols - k0);
+        migi_dequantize(some->w, n0, n, k0, depth, wide, K_BLOCK_F32, 1);
         for (int r = 0; r < c->rows; r++)
-            c->ws->k->gemv_f32(job->y + (size_t)r * job->ldy + n0, wide, K_BLOCK_F32, c->x + (size_t)r * c->ldx + k0, n, depth);
+            c->ws->k->gemv_f32(some->y + (size_t)r * some->ldy, wide, K_BLOCK_F32, c->x + (size_t)r * c->ldx + k0, n, depth);
     }
 }
 
@@ -182,15 +183,15 @@ static void pack(const migi_kernels *k, const matrix *w, int row, int rows, int 
     }
 }
 
-static void few_rows(const call *c, const linear *job, int n0, int n)
+static void few_rows(const call *c, const linear *some, int n0, int n)
 {
     const migi_kernels *k = c->ws->k;
-    const matrix *w = job->w;
+    const matrix *w = some->w;
     size_t ldw = (size_t)w->cols;
     int step = c->rows > 1 ? GEMV_ROWS : n; /* weights come from memory once, from a cache for every further row of x */
     for (int j = 0; j < n; j += step)
         for (int r = 0; r < c->rows; r++) {
-            float *y = job->y + (size_t)r * job->ldy + n0 + j;
+            float *y = some->y + (size_t)r * some->ldy + j;
             const float *x = c->x + (size_t)r * c->ldx;
             size_t at = (size_t)(n0 + j) * ldw;
             if (w->dtype == MIGI_BF16)
@@ -200,24 +201,24 @@ static void few_rows(const call *c, const linear *job, int n0, int n)
         }
 }
 
-static void many_rows_f32(const call *c, const linear *job, int n0, int n, float *panels)
+static void many_rows_f32(const call *c, const linear *some, int n0, int n, float *panels)
 {
     const migi_kernels *k = c->ws->k;
-    const matrix *w = job->w;
+    const matrix *w = some->w;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_F32) {
         int depth = min_int(K_BLOCK_F32, w->cols - k0);
         for (int j = 0; j < n; j += k->nr)
             pack(k, w, n0 + j, min_int(k->nr, n - j), k0, depth, panels + (size_t)j * K_BLOCK_F32);
         for (int r = 0; r < c->rows; r += M_BLOCK)
-            k->gemm_f32(job->y + (size_t)r * job->ldy + n0, job->ldy, c->x + (size_t)r * c->ldx + k0, c->ldx, panels,
+            k->gemm_f32(some->y + (size_t)r * some->ldy, some->ldy, c->x + (size_t)r * c->ldx + k0, c->ldx, panels,
                         (size_t)k->nr * K_BLOCK_F32, min_int(M_BLOCK, c->rows - r), n, depth, 1);
     }
 }
 
-static void many_rows_bf16(const call *c, const linear *job, int n0, int n, uint32_t *panels)
+static void many_rows_bf16(const call *c, const linear *some, int n0, int n, uint32_t *panels)
 {
     const migi_kernels *k = c->ws->k;
-    const matrix *w = job->w;
+    const matrix *w = some->w;
     size_t ldw = (size_t)w->cols;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_BF16) {
         int depth = min_int(K_BLOCK_BF16, w->cols - k0), padded = (int)migi_padded(k, (size_t)depth);
@@ -225,9 +226,36 @@ static void many_rows_bf16(const call *c, const linear *job, int n0, int n, uint
             k->pack_pairs(panels + (size_t)j * (K_BLOCK_BF16 / 2), (const uint16_t *)w->data + (size_t)(n0 + j) * ldw + (size_t)k0,
                           ldw, min_int(k->nr_bf16, n - j), depth, padded);
         for (int r = 0; r < c->rows; r += M_BLOCK)
-            k->gemm_bf16(job->y + (size_t)r * job->ldy + n0, job->ldy, c->ws->rounded + (size_t)r * c->ld_rounded + k0, c->ld_rounded,
+            k->gemm_bf16(some->y + (size_t)r * some->ldy, some->ldy, c->ws->rounded + (size_t)r * c->ld_rounded + k0, c->ld_rounded,
                          panels, (size_t)k->nr_bf16 * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, c->rows - r), n, padded, 1);
     }
+}
+
+static void product(const call *c, const linear *some, int n0, int n, void *scratch)
+{
+    const matrix *w = some->w;
+    if (c->ld_quantized && is_quantized(w)) {
+        integer_columns(c, some, n0, n, scratch);
+        return;
+    }
+    for (int r = 0; r < c->rows; r++) {
+        float *y = some->y + (size_t)r * some->ldy;
+        if (some->add)
+            for (int j = 0; j < n && some->bias; j++) y[j] += some->bias[j];
+        else if (some->bias)
+            memcpy(y, some->bias, (size_t)n * sizeof *y);
+        else
+            memset(y, 0, (size_t)n * sizeof *y);
+    }
+    if (c->rows <= FEW_ROWS && is_quantized(w))
+        few_rows_widened(c, some, n0, n, scratch);
+    else if (c->rows <= FEW_ROWS)
+        few_rows(c, some, n0, n);
+    else if (c->ld_rounded && w->dtype == MIGI_BF16)
+        many_rows_bf16(c, some, n0, n, scratch);
+    else
+        many_rows_f32(c, some, n0, n, scratch);
+    for (int r = 0; r < c->rows && c->then; r++) c->then(some->y + (size_t)r * some->ldy, n);
 }
 
 static void columns(void *arg, int task, int worker)
@@ -237,30 +265,14 @@ static void columns(void *arg, int task, int worker)
     while (task >= c->first[which + 1]) which++;
     const linear *job = &c->jobs[which];
     int n0 = (task - c->first[which]) * c->block, n = min_int(c->block, job->w->rows - n0);
-    bool integers = c->ld_quantized && is_quantized(job->w);
-    for (int r = 0; r < c->rows && !integers; r++) {
-        float *y = job->y + (size_t)r * job->ldy + n0;
-        if (job->add)
-            for (int j = 0; j < n && job->bias; j++) y[j] += job->bias[n0 + j];
-        else if (job->bias)
-            memcpy(y, job->bias + n0, (size_t)n * sizeof *y);
-        else
-            memset(y, 0, (size_t)n * sizeof *y);
-    }
-    void *panels = c->ws->scratch + (size_t)worker * c->ws->scratch_bytes;
-    if (integers) {
-        integer_columns(c, job, n0, n, panels);
-        return;
-    }
-    if (c->rows <= FEW_ROWS && is_quantized(job->w))
-        few_rows_widened(c, job, n0, n, panels);
-    else if (c->rows <= FEW_ROWS)
-        few_rows(c, job, n0, n);
-    else if (c->ld_rounded && job->w->dtype == MIGI_BF16)
-        many_rows_bf16(c, job, n0, n, panels);
-    else
-        many_rows_f32(c, job, n0, n, panels);
-    for (int r = 0; r < c->rows && c->then; r++) c->then(job->y + (size_t)r * job->ldy + n0, n);
+    char *scratch = c->ws->scratch + (size_t)worker * c->ws->scratch_bytes;
+    linear some = {job->w, job->bias ? job->bias + n0 : NULL, job->y + n0, job->ldy, job->add};
+    linear other = {c->up, NULL, (float *)(void *)scratch, N_BLOCK, false};
+    product(c, &some, n0, n, scratch + UP_BYTES);
+    if (!c->up) return;
+    product(c, &other, n0, n, scratch + UP_BYTES);
+    for (int r = 0; r < c->rows; r++)
+        c->ws->k->silu_mul(some.y + (size_t)r * some.ldy, other.y + (size_t)r * other.ldy, n);
 }
 
 static void round_row(void *arg, int row, int worker)
@@ -283,41 +295,54 @@ static int task_columns(const linear *jobs, int rows)
     return n;
 }
 
-void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n))
+static void run(call *c, int count)
 {
-    call c = {.ws = ws, .jobs = jobs, .in = in, .rows = rows, .block = task_columns(jobs, rows), .then = then};
+    workspace *ws = c->ws;
+    const rows_in *in = c->in;
     bool any_bf16 = false, any_integers = false, any_floats = false;
-    for (int i = 0; i < count; i++) {
-        bool integers = ws->integers && is_quantized(jobs[i].w);
-        c.first[i + 1] = c.first[i] + (jobs[i].w->rows + c.block - 1) / c.block;
-        any_bf16 |= jobs[i].w->dtype == MIGI_BF16;
+    c->block = task_columns(c->jobs, c->rows);
+    for (int i = 0; i < count + (c->up != NULL); i++) {
+        const matrix *w = i < count ? c->jobs[i].w : c->up;
+        bool integers = ws->integers && is_quantized(w);
+        if (i < count) c->first[i + 1] = c->first[i] + (w->rows + c->block - 1) / c->block;
+        any_bf16 |= w->dtype == MIGI_BF16;
         any_integers |= integers;
         any_floats |= !integers;
     }
-    size_t cols = (size_t)jobs[0].w->cols;
-    assert(rows <= MIGI_CHUNK);
-    if (!in->norm && !in->up)
-        c.x = in->x, c.ldx = in->ldx;
+    size_t cols = (size_t)c->jobs[0].w->cols;
+    assert(c->rows <= MIGI_CHUNK);
+    if (!in->norm)
+        c->x = in->x, c->ldx = in->ldx;
     else if (any_floats || cols * sizeof(float) > ws->scratch_bytes) {
-        migi_pool_run(ws->pool, row_to_room, &c, rows);
-        c.x = in->room, c.ldx = cols;
+        migi_pool_run(ws->pool, row_to_room, c, c->rows);
+        c->x = in->room, c->ldx = cols;
     }
-    if (rows > FEW_ROWS && ws->bf16 && any_bf16) {
-        c.ld_rounded = migi_padded(ws->k, cols);
-        assert(c.ld_rounded * (size_t)rows <= ws->rounded_len);
-        migi_pool_run(ws->pool, round_row, &c, rows);
+    if (c->rows > FEW_ROWS && ws->bf16 && any_bf16) {
+        c->ld_rounded = migi_padded(ws->k, cols);
+        assert(c->ld_rounded * (size_t)c->rows <= ws->rounded_len);
+        migi_pool_run(ws->pool, round_row, c, c->rows);
     }
     if (any_integers) {
-        c.ld_quantized = migi_padded_int8(cols);
-        assert(c.ld_quantized * (size_t)rows <= ws->quantized_len);
-        migi_pool_run(ws->pool, quantize_row, &c, rows);
+        c->ld_quantized = migi_padded_int8(cols);
+        assert(c->ld_quantized * (size_t)c->rows <= ws->quantized_len);
+        migi_pool_run(ws->pool, quantize_row, c, c->rows);
     }
-    migi_pool_run(ws->pool, columns, &c, c.first[count]);
+    migi_pool_run(ws->pool, columns, c, c->first[count]);
+}
+
+void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n))
+{
+    run(&(call){.ws = ws, .jobs = jobs, .in = in, .rows = rows, .then = then}, count);
 }
 
 void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows)
 {
     migi_linears_of(ws, jobs, count, &(rows_in){.x = x, .ldx = ldx}, rows, NULL);
+}
+
+void migi_gated(workspace *ws, const linear *gate, const matrix *up, const rows_in *in, int rows)
+{
+    run(&(call){.ws = ws, .jobs = gate, .up = up, .in = in, .rows = rows}, 1);
 }
 
 /* ---- the integer path alone */

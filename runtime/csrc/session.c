@@ -47,7 +47,7 @@ int64_t migi_session_bytes(const migi_model *model, const migi_pool *pool, const
 {
     const migi_kernels *k = migi_pool_kernels(pool);
     sizes z = session_layout(model, k, context_of(options), options);
-    size_t floats = z.chunk * (z.hidden + larger(z.hidden, z.q) + z.q + 2 * z.kv + 2 * z.mlp + 2 * z.half) + LOGIT_ROWS * z.vocab;
+    size_t floats = z.chunk * (z.hidden + larger(z.hidden, z.q) + z.q + 2 * z.kv + z.mlp + 2 * z.half) + LOGIT_ROWS * z.vocab;
     size_t bytes = floats * sizeof(float) + z.context * (z.cache + 4 + 8 + 3 * 4) + z.vocab + z.panels +
                    z.scratch * (size_t)migi_pool_threads(pool);
     if (wants_bf16(k, options)) bytes += z.rounded * sizeof(uint16_t);
@@ -96,13 +96,12 @@ migi_status migi_session_new(migi_session **out, const migi_model *model, migi_p
     s->h = migi_alloc(z.chunk * larger(z.hidden, z.q), sizeof(float));
     s->q = migi_alloc(z.chunk * z.q, sizeof(float));
     s->kv = migi_alloc(z.chunk * 2 * z.kv, sizeof(float));
-    s->gate = migi_alloc(z.chunk * z.mlp, sizeof(float));
-    s->up = migi_alloc(z.chunk * z.mlp, sizeof(float));
+    s->gated = migi_alloc(z.chunk * z.mlp, sizeof(float));
     s->angles = migi_alloc(z.chunk * 2 * z.half, sizeof(float));
     s->logits = migi_alloc(LOGIT_ROWS * z.vocab, sizeof(float));
     s->seen = migi_alloc(z.vocab, 1);
     FAIL_IF(!s->ws.rounded || !s->ws.quantized || !s->ws.row_scales || !s->ws.scratch || !s->cache || !s->panels || !s->tokens ||
-                !s->pictures || !s->positions || !s->x || !s->h || !s->q || !s->kv || !s->gate || !s->up || !s->angles || !s->logits || !s->seen,
+                !s->pictures || !s->positions || !s->x || !s->h || !s->q || !s->kv || !s->gated || !s->angles || !s->logits || !s->seen,
             MIGI_E_MEMORY, "no memory for a session of %d tokens (%lld MB); ask for fewer or smaller pictures", context,
             (long long)(migi_session_bytes(model, pool, options) >> 20));
     *out = s;
@@ -115,7 +114,7 @@ done:
 void migi_session_free(migi_session *s)
 {
     if (!s) return;
-    void *parts[] = {s->seen, s->logits, s->angles, s->up, s->gate, s->kv, s->q, s->h, s->x, s->positions, s->pictures, s->tokens,
+    void *parts[] = {s->seen, s->logits, s->angles, s->gated, s->kv, s->q, s->h, s->x, s->positions, s->pictures, s->tokens,
                      s->panels, s->cache, s->ws.scratch, s->ws.row_scales, s->ws.quantized, s->ws.rounded};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
     free(s);
@@ -217,10 +216,8 @@ static migi_status forward(migi_session *s, int first, int rows, migi_error *err
             .ldkv = (size_t)c->head_dim, .kv_head = (size_t)s->context * (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows,
             .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads, .size = c->head_dim, .causal = true, .panels = s->panels});
         migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
-        migi_linears_of(ws, (linear[]){{&l->gate, NULL, s->gate, mlp, false}, {&l->up, NULL, s->up, mlp, false}}, 2,
-                        &before_mlp, rows, NULL);
-        migi_linears_of(ws, &(linear){&l->down, NULL, s->x, hidden, true}, 1,
-                        &(rows_in){.x = s->gate, .ldx = mlp, .up = s->up, .room = s->gate}, rows, NULL);
+        migi_gated(ws, &(linear){&l->gate, NULL, s->gated, mlp, false}, &l->up, &before_mlp, rows);
+        migi_linears(ws, &(linear){&l->down, NULL, s->x, hidden, true}, 1, s->gated, mlp, rows);
     }
     return MIGI_OK;
 }
