@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from quantized import make_quantized
 
 from migician.bench.cli import command
+from migician.bench.latency import measure as measure_module
 from migician.bench.latency import native as native_module
 from migician.bench.latency.energy import find_meter, rapl_zones, tegra_watts
 from migician.bench.latency.llama_peer import read_log
@@ -206,6 +207,20 @@ def test_the_last_line_is_the_whole_result(tiny: Path, tmp_path: Path) -> None:
         assert case["patches"] == case["pictures"] * 24 and ours["peak_rss_mb"] > 1
     assert found["ceilings"]["threads"] == 1 and found["missing"] == []
     assert "of the ceiling" in done.stdout and "each token" in done.stdout
+
+
+def test_ceilings_are_the_medians_of_the_repeats(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = iter([4e9, 1e9, 2e9])
+
+    def ceilings(threads: int) -> dict[str, Any]:
+        rates = {"read_bytes": next(reads), "read_bytes_1": 1e9, "f32_ops": 1e9, "int8_ops": 4e9, "bf16_ops": 0.0}
+        return {"isa": "scalar", "threads": threads, **rates}
+
+    monkeypatch.setattr(measure_module, "_ceilings", ceilings)
+    words = ["latency", "--model", str(tiny), *SMALL[:-4], "--repeat", "3", "--threads", "1"]
+    done = CliRunner().invoke(command, words)
+    found = last_object(done.stdout)["ceilings"]
+    assert found["read_bytes"] == 2e9 and found["isa"] == "scalar" and found["threads"] == 1
 
 
 def test_a_missing_peer_is_named(tiny: Path, tmp_path: Path) -> None:

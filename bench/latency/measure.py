@@ -4,7 +4,8 @@ The result, which is the command's JSON object:
 
     kind "migician latency", version 1, date, command, machine {...}, load [before, after]
     model {name, format, mode, bytes, weights}, settings {precision, threads, repeat, warm_up, prompt}
-    ceilings {isa, threads, read_bytes, read_bytes_1, f32_ops, int8_ops, bf16_ops} or None
+    ceilings {isa, threads, read_bytes, read_bytes_1, f32_ops, int8_ops, bf16_ops} or None: medians of what was measured
+        before every repeat, since the speed of a shared machine's memory changes by the minute
     engines {name: {versions, load_ms, meter}}, missing [{engine, why}]
     cases: [{pictures, width, height, new_tokens, patches, visual_tokens, prompt_tokens,
              work {phase: {operations, bytes, floor_ms}},
@@ -96,12 +97,19 @@ def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, floa
     return found
 
 
-def _ceilings(threads: int, say: Say) -> dict[str, Any]:
-    say("measuring what this machine can do at most")
+def _ceilings(threads: int) -> dict[str, Any]:
     pool = Pool(threads)
     found = {"isa": pool.isa, "threads": pool.threads, **measure_ceilings(pool)}
     one = found["read_bytes"] if pool.threads == 1 else measure_ceilings(Pool(1), seconds=0.15)["read_bytes"]
     return found | {"read_bytes_1": one}
+
+
+def _typical(ceilings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The medians of several measurements; None of none."""
+    if not ceilings:
+        return None
+    rates = [name for name in ceilings[0] if name not in ("isa", "threads")]
+    return {**ceilings[0], **{name: float(np.median([c[name] for c in ceilings])) for name in rates}}
 
 
 def _geometry(checkpoint: Checkpoint, case: Case) -> dict[str, Any]:
@@ -191,9 +199,11 @@ def measure(plan: Plan, say: Say, *, command: str = "") -> dict[str, Any]:
     with open_checkpoint(plan.model) as checkpoint:
         if note := busy(load_before, plan.threads):
             say(note)
-        ceilings = _ceilings(plan.threads, say) if plan.ceilings else None
-        collected = _Collected()
+        collected, measured = _Collected(), []
         for repeat in range(plan.repeat):
+            if plan.ceilings:
+                say(f"repeat {repeat + 1} of {plan.repeat}: what this machine can do at most")
+                measured.append(_ceilings(plan.threads))
             for setting in (own, *plan.peers):
                 name = setting.engine if setting is own else setting.name
                 if name in collected.missing:
@@ -205,6 +215,7 @@ def measure(plan: Plan, say: Say, *, command: str = "") -> dict[str, Any]:
                         raise MigicianError(str(error)) from None
                     collected.drop(name, str(error))
                     say(f"left out: {name}: {error}")
+        ceilings = _typical(measured)
         cases = [_case(checkpoint, plan, i, ceilings, collected) for i in range(len(plan.cases))]
         about = describe(checkpoint)
     mode = about["quantization"]["mode"] if about["quantization"] else "/".join(about["dtypes"]).lower()

@@ -217,7 +217,7 @@ def _ceilings(results: Sequence[Result]) -> str:
         return ""
     intro = (
         "The least time that the machine needs for a phase's products and attention, or for reading its weights where "
-        "that takes longer, as a share of the time it took. The ceilings were measured on the machine before the run; "
+        "that takes longer, as a share of the time it took. Ceilings are medians of measurements before each repeat; "
         "norms, softmax and activations are not counted. Where int4 takes fewer instructions than int8 (AVX2), a phase "
         "can pass the int8 ceiling."
     )
