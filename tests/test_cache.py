@@ -1,11 +1,15 @@
 """Work kept between questions: pictures by their content, the KV prefix, growing sessions; and no answer shows it."""
 
+import json
+
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint
+from click.testing import CliRunner
 from PIL import Image
 from quantized import make_quantized
 
+from migician.bench.second_question import main as second_question
 from migician.runtime import model as model_module
 from migician.runtime.cache import CACHE_BYTES, PictureCache
 from migician.runtime.engine import VERIFY_ROWS
@@ -271,3 +275,12 @@ def test_a_bound_below_zero_is_refused(tiny):
     with pytest.raises(MigicianError, match="cache_bytes is -1"):
         load(tiny, cache_bytes=-1)
     assert CACHE_BYTES == 256 << 20
+
+
+@pytest.mark.parametrize("form", [[], ["--jpeg"]])
+def test_the_second_question_is_timed_behind_the_first(tiny, form):
+    options = ["--model", str(tiny), "--pictures", "2", "--size", "90x60", "--repeat", "2", "--threads", "1"]
+    found = json.loads(CliRunner().invoke(second_question, options + form).stdout)
+    assert found["pictures"] == 2 and found["size"] == "90x60" and min(found["first_ms"], found["second_ms"]) > 0
+    assert found["share"] == pytest.approx(found["second_ms"] / found["first_ms"], abs=0.01)
+    assert "write --size 640x480" in CliRunner().invoke(second_question, ["--size", "9"]).stderr
