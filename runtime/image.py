@@ -215,6 +215,7 @@ def content_key(source: PictureSource, *settings: object) -> bytes:
     source: bytes of a file, an array, or a PIL image of mode RGB or L; empty for what would have to be read to be told
     apart: a path, and PIL images that are transparent, turned by EXIF or of another mode.
     """
+    kind: tuple[object, ...]
     if isinstance(source, np.ndarray):
         if source.dtype.kind not in "buif":
             return b""
