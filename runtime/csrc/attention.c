@@ -3,8 +3,9 @@
  * Many queries: keys and values are packed once for all of them, block by block (and widened, if half floats). Then one task
  * is one head and up to TASK_QUERIES queries, and per block of keys and of queries: scores = q k^T through the product kernels,
  * a new maximum and sum per row, the output so far scaled down to it where the maximum grew, plus probabilities times v.
- * Queries are scaled by log2 e as well, as powers of two are cheaper than those of e. A session that rounds activations to bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16
- * faster; sums, maxima and powers stay float.
+ * Queries are scaled by log2 e as well, as powers of two are cheaper than those of e. A session that rounds activations to
+ * bf16 anyway rounds q, k, v and the probabilities too, where the table multiplies bf16 faster; sums, maxima and powers stay
+ * float.
  * Few queries (decode): a task is some query heads of one key/value head and all queries; half floats are widened in
  * registers, once for all of them.
  *
