@@ -52,15 +52,16 @@ def _counts(_: click.Context, option: click.Parameter, text: str) -> list[int]:
     return list(dict.fromkeys(counts))
 
 
-def _sizes(_: click.Context, option: click.Parameter, words: tuple[str, ...]) -> list[tuple[int, int]]:
-    sizes = []
+def sizes(_: click.Context, option: click.Parameter, words: tuple[str, ...]) -> list[tuple[int, int]]:
+    """The sizes that an option names, width before height. Raises click.BadParameter."""
+    pairs = []
     for word in ",".join(words).split(","):
         found = _SIZE.fullmatch(word.strip())
         width, height = (int(found[1]), int(found[2])) if found else (0, 0)
         if min(width, height) < 28 or width * height > 1 << 26:
             raise click.BadParameter(f"{word!r} is no WIDTHxHEIGHT from 28x28 to 64 megapixels.")
-        sizes.append((width, height))
-    return list(dict.fromkeys(sizes))
+        pairs.append((width, height))
+    return list(dict.fromkeys(pairs))
 
 
 def _pythons(_: click.Context, option: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
@@ -78,7 +79,7 @@ def _pythons(_: click.Context, option: click.Parameter, words: tuple[str, ...]) 
 @click.option(
     "--pictures", default="1", show_default=True, callback=_counts, metavar="N,...", help="Pictures a question."
 )
-@click.option("--size", "sizes", multiple=True, default=["640x480"], show_default=True, callback=_sizes,
+@click.option("--size", "sizes", multiple=True, default=["640x480"], show_default=True, callback=sizes,
               metavar="WxH,...", help="Their sizes; every number of pictures is asked in every size.")  # fmt: skip
 @click.option("--new-tokens", type=click.IntRange(1, 4096), default=32, show_default=True, metavar="N",
               help="Length of the answer; an end of text does not end it.")  # fmt: skip
