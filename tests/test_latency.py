@@ -92,8 +92,10 @@ def test_the_work_is_that_of_the_geometry(tmp_path: Path) -> None:
 
         layer = 128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 192
         read = prefill_work(checkpoint, 50)
-        assert sum(read.products.values()) == 2 * (50 * 3 * layer + 320 * 128)
-        assert read.attention == 2 * 2 * 3 * 128 * (50 * 51 / 2)
+        keys_and_values = 2 * 128 * 64
+        last = 50 * keys_and_values + layer - keys_and_values
+        assert sum(read.products.values()) == 2 * (50 * 2 * layer + last + 320 * 128)
+        assert read.attention == 2 * 2 * 128 * (2 * 50 * 51 / 2 + 50)
         vectors = 3 * (128 + 64 + 64 + 128 + 128) + 128
         assert read.bytes == 2 * (3 * layer + 320 * 128 + vectors)  # the embedding table is not the head
 

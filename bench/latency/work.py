@@ -5,8 +5,9 @@ operations. Norms, softmax, RoPE and activations are left out: they are under on
 
     vision    products   2 P (patch D + L (3 D D + D D + 2 D M)) + 2 P / 4 (4 D 4 D + 4 D hidden)
               attention  2 L 2 P P D
-    prefill   products   2 T L (D (q + 2 kv) + q D + 3 D M) + 2 vocab D
-              attention  2 L 2 (T (T + 1) / 2) q
+    prefill   products   2 T (L - 1) (D (q + 2 kv) + q D + 3 D M) + 2 T 2 D kv + 2 (2 D q + 3 D M + vocab D), as the
+                         last layer's keys and values alone are wanted of all tokens
+              attention  2 (L - 1) 2 (T (T + 1) / 2) q + 2 2 T q
     decode    bytes      every weight of the language model and its head once, and the KV cache so far
 """
 
@@ -76,13 +77,17 @@ def vision_work(checkpoint: Checkpoint, patches: Sequence[int], precision: str =
 
 
 def prefill_work(checkpoint: Checkpoint, tokens: int, precision: str = "auto") -> Work:
-    """The work of a prompt of so many tokens; only its last one goes through the head."""
+    """The work of a prompt of so many tokens.
+
+    All need the last layer's keys and values; the rest of that layer and the head work for the last token alone.
+    """
     t, kinds, head = checkpoint.config.text, _kinds(checkpoint, precision), _head(checkpoint.config)
     products = dict.fromkeys(("int8", "bf16", "f32"), 0.0)
     for name, (n, k) in matrices(checkpoint.config).items():
         if not name.startswith("visual.") and (name == head or name not in _HEADS):
-            products[kinds[name]] += 2.0 * (1 if name == head else tokens) * n * k
-    attention = 4.0 * t.layers * tokens * (tokens + 1) / 2 * t.heads * t.head_dim
+            last = name.startswith(f"model.layers.{t.layers - 1}.") and not name.endswith(("k_proj", "v_proj"))
+            products[kinds[name]] += 2.0 * (1 if last or name == head else tokens) * n * k
+    attention = 4.0 * ((t.layers - 1) * tokens * (tokens + 1) / 2 + tokens) * t.heads * t.head_dim
     return Work(products, attention, language_bytes(checkpoint))
 
 

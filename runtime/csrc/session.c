@@ -5,6 +5,7 @@
  *            as if it were alone: drafts verified together equal tokens taken one by one.
  *   prefill  a chunk always has more rows than that (but for prompts that are shorter), so its rows take the many-row
  *            paths whatever the chunk starts at: a prompt on a kept prefix equals the same prompt cold.
+ * In the last layer a prompt's last row alone is asked for more than keys and values, so it takes the few-row paths there.
  */
 #include "internal.h"
 
@@ -136,6 +137,7 @@ migi_status migi_session_checkpoint(migi_session *s, migi_error *err)
 typedef struct rows_call {
     migi_session *s;
     int layer, first; /* of the chunk on the timeline */
+    int from;         /* rows before it are asked for keys and values alone */
 } rows_call;
 
 /* Keys or values of one head and token `at` in the cache; the head's next token lies behind. */
@@ -168,7 +170,7 @@ static void rope_row(void *arg, int row, int worker)
     size_t kv = (size_t)c->kv_heads * size, at = (size_t)(r->first + row);
     float *keys = s->kv + (size_t)row * 2 * kv;
     const float *cosine = s->angles + (size_t)row * 2 * half, *sine = cosine + half;
-    for (int head = 0; head < c->heads; head++)
+    for (int head = 0; head < c->heads && row >= r->from; head++)
         s->ws.k->rope(s->q + ((size_t)row * (size_t)c->heads + (size_t)head) * size, cosine, sine, (int)half);
     for (int head = 0; head < c->kv_heads; head++, keys += size) {
         s->ws.k->rope(keys, cosine, sine, (int)half);
@@ -191,33 +193,50 @@ static void set_angles(migi_session *s, int row, const int32_t position[3])
     }
 }
 
-/* The rows in s->x, standing at timeline [first, first + rows), go through all layers; x keeps the result. */
-static migi_status forward(migi_session *s, int first, int rows, migi_error *err)
+/* q of the rows from r->from on, keys and values of all rows of a chunk. */
+static void project_rows(const rows_call *r, const layer *l, int rows)
+{
+    migi_session *s = r->s;
+    const migi_config *c = &s->model->c;
+    size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, kv = (size_t)c->kv_heads * (size_t)c->head_dim;
+    size_t from = (size_t)r->from;
+    linear jobs[] = {{&l->k, l->k_bias, s->kv, 2 * kv, false},
+                     {&l->v, l->v_bias, s->kv + kv, 2 * kv, false},
+                     {&l->q, l->q_bias, s->q + from * q, q, false}};
+    rows_in all = {.x = s->x, .ldx = hidden, .norm = &l->before_attention, .eps = c->rms_eps, .room = s->h}, some = all;
+    some.x += from * hidden;
+    migi_linears_of(&s->ws, jobs, from ? 2 : 3, &all, rows, NULL);
+    if (from && r->from < rows) migi_linears_of(&s->ws, jobs + 2, 1, &some, rows - r->from, NULL);
+}
+
+/* The rows in s->x, standing at timeline [first, first + rows), go through all layers; x keeps the result of the last
+ * `wanted`. */
+static migi_status forward(migi_session *s, int first, int rows, int wanted, migi_error *err)
 {
     const migi_model *m = s->model;
     const migi_config *c = &m->c;
     workspace *ws = &s->ws;
-    size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, kv = (size_t)c->kv_heads * (size_t)c->head_dim;
-    size_t mlp = (size_t)c->intermediate;
+    size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, mlp = (size_t)c->intermediate;
     rows_call r = {.s = s, .first = first};
     for (int i = 0; i < c->layers; i++) {
         const layer *l = &m->layers[i];
         migi_status status = migi_session_checkpoint(s, err);
         if (status != MIGI_OK) return status;
 
-        rows_in before_attention = {.x = s->x, .ldx = hidden, .norm = &l->before_attention, .eps = c->rms_eps, .room = s->h};
-        rows_in before_mlp = {.x = s->x, .ldx = hidden, .norm = &l->before_mlp, .eps = c->rms_eps, .room = s->h};
-        r.layer = i;
-        migi_linears_of(ws, (linear[]){{&l->q, l->q_bias, s->q, q, false},
-                                       {&l->k, l->k_bias, s->kv, 2 * kv, false},
-                                       {&l->v, l->v_bias, s->kv + kv, 2 * kv, false}}, 3, &before_attention, rows, NULL);
+        r.layer = i, r.from = i + 1 < c->layers ? 0 : rows - wanted;
+        project_rows(&r, l, rows);
         migi_pool_run(ws->pool, rope_row, &r, rows);
-        migi_attend(ws, &(attention){.q = s->q, .ldq = q, .k = cached(s, i, false, 0, 0), .v = cached(s, i, true, 0, 0), .half = s->half,
-            .ldkv = (size_t)c->head_dim, .kv_head = (size_t)s->context * (size_t)c->head_dim, .out = s->h, .ldo = q, .queries = rows,
-            .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads, .size = c->head_dim, .causal = true, .panels = s->panels});
-        migi_linears(ws, &(linear){&l->o, NULL, s->x, hidden, true}, 1, s->h, q, rows);
-        migi_gated(ws, &(linear){&l->gate, NULL, s->gated, mlp, false}, &l->up, &before_mlp, rows);
-        migi_linears(ws, &(linear){&l->down, NULL, s->x, hidden, true}, 1, s->gated, mlp, rows);
+        int n = rows - r.from;
+        if (n == 0) break;
+        float *x = s->x + (size_t)r.from * hidden;
+        rows_in before_mlp = {.x = x, .ldx = hidden, .norm = &l->before_mlp, .eps = c->rms_eps, .room = s->h};
+        migi_attend(ws, &(attention){.q = s->q + (size_t)r.from * q, .ldq = q, .k = cached(s, i, false, 0, 0), .v = cached(s, i, true, 0, 0),
+            .half = s->half, .ldkv = (size_t)c->head_dim, .kv_head = (size_t)s->context * (size_t)c->head_dim, .out = s->h, .ldo = q,
+            .queries = n, .keys = first + rows, .heads = c->heads, .kv_heads = c->kv_heads, .size = c->head_dim, .causal = true,
+            .panels = s->panels});
+        migi_linears(ws, &(linear){&l->o, NULL, x, hidden, true}, 1, s->h, q, n);
+        migi_gated(ws, &(linear){&l->gate, NULL, s->gated, mlp, false}, &l->up, &before_mlp, n);
+        migi_linears(ws, &(linear){&l->down, NULL, x, hidden, true}, 1, s->gated, mlp, n);
     }
     return MIGI_OK;
 }
@@ -374,10 +393,11 @@ migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t co
             const int32_t *p = s->positions + first + i;
             set_angles(s, i, (int32_t[3]){p[0], p[count], p[2 * (size_t)count]});
         }
-        TRY(forward(s, first, rows, err));
+        bool last = first + rows == count;
+        TRY(forward(s, first, rows, last, err));
         for (int i = first; i < first + rows; i++) s->seen[s->tokens[i]] = 1;
         s->length += rows;
-        if (s->length == count) TRY(project(s, rows - 1, 1, err));
+        if (last) TRY(project(s, rows - 1, 1, err));
     }
     s->next_position = 0;
     for (int i = 0; i < 3 * count; i++)
@@ -400,7 +420,7 @@ static migi_status check_text(const migi_session *s, const int32_t *tokens, int3
 }
 
 /* Text tokens behind the timeline go through the layers; the caller lengthens the timeline by those it keeps. */
-static migi_status forward_text(migi_session *s, const int32_t *tokens, int rows, migi_error *err)
+static migi_status forward_text(migi_session *s, const int32_t *tokens, int rows, int wanted, migi_error *err)
 {
     for (int i = 0; i < rows; i++) {
         int32_t position = s->next_position + i;
@@ -409,7 +429,7 @@ static migi_status forward_text(migi_session *s, const int32_t *tokens, int rows
         set_angles(s, i, (int32_t[3]){position, position, position});
     }
     s->logits_ready = false;
-    return forward(s, s->length, rows, err);
+    return forward(s, s->length, rows, wanted, err);
 }
 
 migi_status migi_session_append(migi_session *s, const int32_t *tokens, int32_t count, float *logprobs, migi_error *err)
@@ -420,7 +440,8 @@ migi_status migi_session_append(migi_session *s, const int32_t *tokens, int32_t 
     if (logprobs) logprobs[0] = (float)((double)s->logits[tokens[0]] - log_sum_exp(s->ws.k, s->logits, c->vocab));
     for (int32_t done_tokens = 0; done_tokens < count;) {
         int rows = count - done_tokens < MIGI_CHUNK ? count - done_tokens : MIGI_CHUNK, first = s->length;
-        TRY(forward_text(s, tokens + done_tokens, rows, err));
+        bool last = done_tokens + rows == count;
+        TRY(forward_text(s, tokens + done_tokens, rows, logprobs ? rows : last, err));
         for (int i = first; i < first + rows; i++) s->seen[s->tokens[i]] = 1;
         s->length += rows;
         s->next_position += rows;
@@ -433,7 +454,7 @@ migi_status migi_session_append(migi_session *s, const int32_t *tokens, int32_t 
             }
         }
         done_tokens += rows;
-        if (done_tokens == count) TRY(project(s, rows - 1, 1, err));
+        if (last) TRY(project(s, rows - 1, 1, err));
     }
     s->logits_ready = true;
 done:
@@ -464,7 +485,7 @@ migi_status migi_session_verify(migi_session *s, const int32_t *tokens, int32_t 
     FAIL_IF(count > MIGI_VERIFY_ROWS, MIGI_E_ARGUMENT, "%d tokens to verify at once; give at most %d", count, MIGI_VERIFY_ROWS);
     TRY(check_penalty(repetition_penalty, err));
     TRY(check_text(s, tokens, count, err));
-    TRY(forward_text(s, tokens, count, err));
+    TRY(forward_text(s, tokens, count, count, err));
     TRY(project(s, 0, count, err));
     do { /* a choice depends on the tokens seen before it, so position by position */
         s->seen[tokens[n]] = 1;
