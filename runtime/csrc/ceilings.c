@@ -98,7 +98,7 @@ static double kernel_int8(const migi_kernels *k, char *a, char *w, char *c)
 {
     enum { M = 64, N = 64, K = 512, TIMES = 20 };
     for (int i = 0; i < TIMES; i++)
-        k->gemm_i8((int32_t *)(void *)c, N, (const int8_t *)a, K, (const int8_t *)w, (size_t)K * MIGI_BLOCK, M, N, K);
+        k->gemm_i8((int32_t *)(void *)c, N, (const int8_t *)a, K, (const int8_t *)w, (size_t)K * MIGI_BLOCK, M, N, K, 1);
     return 2. * M * N * K * TIMES;
 }
 

@@ -1,7 +1,7 @@
 /* kernels.h - one table per instruction set, every slot filled.
  *
  * Kernels compute; they do not allocate, thread, log or choose. Products add to what the output holds, so that bias and
- * residual are whatever the caller put there first; gemm_f32 and gemm_bf16 only where they are told to.
+ * residual are whatever the caller put there first; gemm_f32, gemm_bf16 and gemm_i8 only where they are told to.
  *
  * Numbers are the same to the bit on every table but for bf16 dot products (bf16_dots), so that a model answers alike on
  * every machine: a product with its addition is rounded once (fma); a value of a matrix product is added up along k from zero,
@@ -72,9 +72,9 @@ typedef struct migi_kernels {
      * max |x| / 127, NaN when x holds one. x is multiplied by the float 127 / max |x|; all zeros give
      * scale 0, and a row of at most 1e-30 gives zeros, as 127 / max would overflow. */
     float (*quantize_i8)(int8_t *q, const float *x, int k, int k_padded);
-    /* c[m, n] += a[m, k] w[n, k]^T; block b of 16 rows of w starts at w + b * ldw; n a multiple of 16, k of MIGI_K_INT8.
-     * a within -127..127 */
-    void (*gemm_i8)(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
+    /* c[m, n] = a[m, k] w[n, k]^T, or += with add; block b of 16 rows of w starts at w + b * ldw; n a multiple of 16, k of
+     * MIGI_K_INT8. a within -127..127 */
+    void (*gemm_i8)(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k, int add);
     /* one int8 block <- one int4 block of k columns, k a multiple of group, group a multiple of 8 */
     void (*expand_i4)(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
     /* c[m, n] += a[m, k] w[n, k]^T from int4 blocks as stored; n a multiple of 16, k of the group and of 8 */
@@ -122,7 +122,7 @@ const migi_kernels *migi_kernels_best(void);
 
 /* The scalar functions, for slots in which a table has nothing faster. */
 float migi_scalar_quantize_i8(int8_t *q, const float *x, int k, int k_padded);
-void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k);
+void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k, int add);
 void migi_scalar_expand_i4(int8_t *to, const uint8_t *w, const uint8_t *factors, int group, int k);
 void migi_scalar_gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const migi_int4 *w, int m, int n, int k);
 void migi_scalar_add_scaled(float *y, const int32_t *c, float scale, const float *scales, const float *bias, int n);

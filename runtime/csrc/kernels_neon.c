@@ -1,6 +1,6 @@
 /* kernels_neon.c - aarch64 NEON: 8 x 8 f32 tile, 16 sums + 2 panel vectors + broadcasts in 32 registers.
  *
- *     gemm_i8   c[m, n] += a[m, k] w[n, k]^T      gemm_i4   c[m, n] += a[m, k] ((u - 8) * factor)[n, k]^T
+ *     gemm_i8   c[m, n] (+)= a[m, k] w[n, k]^T      gemm_i4   c[m, n] += a[m, k] ((u - 8) * factor)[n, k]^T
  *
  * int8 block, 64 bytes for four k: a register holds four rows' quads, smull takes two rows at once:
  *     lanes:  w[r, 4j .. 4j + 3]  w[r + 1, 4j .. 4j + 3]   as int16, times a[4j .. 4j + 3] twice
@@ -26,7 +26,7 @@ INLINE int8x16_t four(const int8_t *a)
     return vreinterpretq_s8_s32(vdupq_n_s32(x));
 }
 
-INLINE void int_tile(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, int m, int k)
+INLINE void int_tile(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, int m, int k, int add)
 {
     int32x4_t sum[2][8];
     for (int i = 0; i < m; i++)
@@ -49,16 +49,17 @@ INLINE void int_tile(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const 
     for (int i = 0; i < m; i++)
         for (int v = 0; v < 4; v++) {
             int32_t *to = c + i * ldc + v * 4;
-            vst1q_s32(to, vaddq_s32(vld1q_s32(to), vpaddq_s32(sum[i][2 * v], sum[i][2 * v + 1])));
+            int32x4_t whole = vpaddq_s32(sum[i][2 * v], sum[i][2 * v + 1]);
+            vst1q_s32(to, add ? vaddq_s32(vld1q_s32(to), whole) : whole);
         }
 }
 
-static void gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k)
+static void gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k, int add)
 {
     for (int j = 0; j < n; j += MIGI_BLOCK, c += MIGI_BLOCK, w += ldw) {
         int i = 0;
-        for (; i + 2 <= m; i += 2) int_tile(c + i * ldc, ldc, a + i * lda, lda, w, 2, k);
-        if (i < m) int_tile(c + i * ldc, ldc, a + i * lda, lda, w, 1, k);
+        for (; i + 2 <= m; i += 2) int_tile(c + i * ldc, ldc, a + i * lda, lda, w, 2, k, add);
+        if (i < m) int_tile(c + i * ldc, ldc, a + i * lda, lda, w, 1, k, add);
     }
 }
 

@@ -1,6 +1,6 @@
 /* kernels_neon_i8mm.c - aarch64 with int8 matrix products (Armv8.6: Neoverse V1 and N2, Cortex-A510 and A710, Apple M2).
  *
- *     gemm_i8   c[m, n] += a[m, k] w[n, k]^T
+ *     gemm_i8   c[m, n] (+)= a[m, k] w[n, k]^T
  *
  * smmla multiplies two rows of a by two rows of w, eight k each, into four int32: 32 products an instruction, twice sdot's.
  * Two neighbouring quads of a block, zipped, are what it wants:
@@ -18,8 +18,8 @@
 #include "half_neon.inc"
 #include "int8_sdot.inc"
 
-/* c[m, 8] += a[m, k] w^T, m <= 2 * pairs; w points at the first of eight rows of a block. */
-INLINE void smmla_tile(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, int m, int pairs, int k)
+/* c[m, 8] (+)= a[m, k] w^T, m <= 2 * pairs; w points at the first of eight rows of a block. */
+INLINE void smmla_tile(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, int m, int pairs, int k, int add)
 {
     int32x4_t sum[4][4];
     for (int i = 0; i < pairs; i++)
@@ -42,23 +42,24 @@ INLINE void smmla_tile(int32_t *c, size_t ldc, const int8_t *a, size_t lda, cons
         for (int v = 0; v < 4; v++) {
             int32x4_t s = sum[i / 2][v];
             int32_t *to = c + i * ldc + v * 2;
-            vst1_s32(to, vadd_s32(vld1_s32(to), i % 2 ? vget_high_s32(s) : vget_low_s32(s)));
+            int32x2_t two = i % 2 ? vget_high_s32(s) : vget_low_s32(s);
+            vst1_s32(to, add ? vadd_s32(vld1_s32(to), two) : two);
         }
 }
 
-static void gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k)
+static void gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k, int add)
 {
     if (m <= 2) {
-        sdot_gemm_i8(c, ldc, a, lda, w, ldw, m, n, k);
+        sdot_gemm_i8(c, ldc, a, lda, w, ldw, m, n, k, add);
         return;
     }
     for (int j = 0; j < n; j += 8) {
         const int8_t *p = w + (size_t)(j / MIGI_BLOCK) * ldw + j % MIGI_BLOCK * 4;
         int i = 0;
-        for (; i + 8 <= m; i += 8) smmla_tile(c + i * ldc + j, ldc, a + i * lda, lda, p, 8, 4, k);
+        for (; i + 8 <= m; i += 8) smmla_tile(c + i * ldc + j, ldc, a + i * lda, lda, p, 8, 4, k, add);
         int left = m - i;
-        if (left > 4) smmla_tile(c + i * ldc + j, ldc, a + i * lda, lda, p, left, 4, k);
-        else if (left > 0) smmla_tile(c + i * ldc + j, ldc, a + i * lda, lda, p, left, 2, k);
+        if (left > 4) smmla_tile(c + i * ldc + j, ldc, a + i * lda, lda, p, left, 4, k, add);
+        else if (left > 0) smmla_tile(c + i * ldc + j, ldc, a + i * lda, lda, p, left, 2, k, add);
     }
 }
 

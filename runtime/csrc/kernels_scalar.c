@@ -214,14 +214,14 @@ float migi_scalar_quantize_i8(int8_t *q, const float *x, int k, int k_padded)
     return top / 127.f + nan;
 }
 
-void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k)
+void migi_scalar_gemm_i8(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const int8_t *w, size_t ldw, int m, int n, int k, int add)
 {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             const int8_t *block = w + (size_t)(j / MIGI_BLOCK) * ldw;
-            int32_t sum = 0;
+            int32_t sum = add ? c[i * ldc + j] : 0;
             for (int l = 0; l < k; l++) sum += a[i * lda + l] * block[(l / 4 * MIGI_BLOCK + j % MIGI_BLOCK) * 4 + l % 4];
-            c[i * ldc + j] += sum;
+            c[i * ldc + j] = sum;
         }
 }
 

@@ -64,7 +64,7 @@ static int block_depth(const matrix *w)
     return K_BLOCK_INT / step * step;
 }
 
-/* sums[rows, n] += a[rows, Kp] w[n0 .. n0 + n)^T; n0 and n multiples of MIGI_BLOCK. wide: N_BLOCK * K_BLOCK_INT bytes. */
+/* sums[rows, n] = a[rows, Kp] w[n0 .. n0 + n)^T; n0 and n multiples of MIGI_BLOCK. wide: N_BLOCK * K_BLOCK_INT bytes. */
 static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a, int rows, int n0, int n, int32_t *sums,
                         size_t ld, int8_t *wide)
 {
@@ -72,6 +72,7 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
     size_t groups = w->group ? kp / (size_t)w->group * MIGI_BLOCK : 0;
     int part = even_part(rows, M_BLOCK_INT);
     if (w->dtype == MIGI_U8 && rows <= k->i4_rows) {
+        for (int r = 0; r < rows; r++) memset(sums + (size_t)r * ld, 0, (size_t)n * sizeof *sums);
         migi_int4 from = {(const uint8_t *)w->data + first * line / 2, w->factors + first * groups, line / 2, groups, w->group};
         for (int r = 0; r < rows; r += part)
             k->gemm_i4(sums + (size_t)r * ld, ld, a + (size_t)r * kp, kp, &from, min_int(part, rows - r), n, (int)kp);
@@ -86,7 +87,7 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
                          w->factors + (first + b) * groups + at / (size_t)w->group, w->group, depth);
         const int8_t *from = w->dtype == MIGI_I8 ? (const int8_t *)w->data + first * line + at : wide;
         for (int r = 0; r < rows; r += part)
-            k->gemm_i8(sums + (size_t)r * ld, ld, a + (size_t)r * kp + k0, kp, from, ldw, min_int(part, rows - r), n, depth);
+            k->gemm_i8(sums + (size_t)r * ld, ld, a + (size_t)r * kp + k0, kp, from, ldw, min_int(part, rows - r), n, depth, k0 > 0);
     }
 }
 
@@ -96,7 +97,6 @@ static void integer_columns(const call *c, const linear *some, int n0, int n, ch
 {
     int32_t *sums = (int32_t *)(void *)scratch;
     int whole = (n + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
-    memset(sums, 0, (size_t)c->rows * N_BLOCK * sizeof *sums);
     sum_columns(c->ws->k, some->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
     const float *scales = some->w->scales + n0;
     for (int r = 0; r < c->rows; r++) {
@@ -388,7 +388,6 @@ migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const 
     ws.quantized = migi_alloc((size_t)rows, s.c.ld_quantized);
     ws.scratch = migi_alloc(ws.scratch_bytes, (size_t)migi_pool_threads(pool));
     FAIL_IF(!ws.quantized || !ws.scratch, MIGI_E_MEMORY, "no memory for %d rows of %d; give fewer", rows, k);
-    memset(sums, 0, (size_t)rows * (size_t)s.w.rows * sizeof *sums);
     migi_pool_run(pool, caller_row, &s, rows);
     migi_pool_run(pool, caller_sums, &s, (s.w.rows + N_BLOCK - 1) / N_BLOCK);
 done:

@@ -228,9 +228,15 @@ static void int8_product(const migi_kernels *t, int m, int n, int k, int fill)
         for (int j = 0; j < n; j++)
             for (int l = 0; l < k; l++)
                 want[(size_t)i * ldc + (size_t)j] += a[(size_t)i * lda + (size_t)l] * w[(size_t)(j / 16) * ldw + (size_t)(l / 4 * 64 + j % 16 * 4 + l % 4)];
-    t->gemm_i8(c, ldc, a, lda, w, ldw, m, n, k);
+    int32_t *alone = copy_of(want, cs * 4), *over = copy_of(c, cs * 4);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) alone[(size_t)i * ldc + (size_t)j] -= c[(size_t)i * ldc + (size_t)j];
+    for (int i = 0; i + 1 < m; i++) memcpy(alone + (size_t)i * ldc + n, c + (size_t)i * ldc + n, (ldc - (size_t)n) * sizeof *c);
+    t->gemm_i8(c, ldc, a, lda, w, ldw, m, n, k, 1);
     CHECK(!memcmp(c, want, cs * 4), "%s gemm_i8 %dx%dx%d, fill %d", t->isa, m, n, k, fill);
-    free(w), free(c), free(want);
+    t->gemm_i8(over, ldc, a, lda, w, ldw, m, n, k, 0);
+    CHECK(!memcmp(over, alone, cs * 4), "%s gemm_i8 %dx%dx%d overwriting, fill %d", t->isa, m, n, k, fill);
+    free(w), free(c), free(want), free(alone), free(over);
 }
 
 /* u[n, k] and factors[n, k / group] as int4 blocks, each with some bytes between it and the next; expanded and multiplied. */
