@@ -218,20 +218,20 @@ static void int8_product(const migi_kernels *t, int m, int n, int k, int fill)
     size_t lda = (size_t)k + 7, ldc = (size_t)n + 5, ldw = (size_t)k * MIGI_BLOCK + 64, blocks = (size_t)n / MIGI_BLOCK;
     size_t as = (size_t)(m - 1) * lda + (size_t)k, cs = (size_t)(m - 1) * ldc + (size_t)n, ws = (blocks - 1) * ldw + (size_t)k * MIGI_BLOCK;
     int8_t *a = at_the_edge(as), *w = malloc(ws);
-    int32_t *c = counts(cs), *want = copy_of(c, cs * 4);
+    int32_t *c = counts(cs), *want = copy_of(c, cs * 4), *over = copy_of(c, cs * 4), *alone = copy_of(c, cs * 4);
     for (size_t i = 0; i < as; i++) a[i] = activation(fill);
     for (size_t i = 0; i < ws; i++) {
         int x = (int)(bits() % 256) - 128;
         w[i] = (int8_t)(fill == RANDOM ? x : fill == ALL_LOW ? -128 : fill == ALL_HIGH ? (x & 1 ? -128 : 0) : (x & 1 ? -128 : 127));
     }
     for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++)
+        for (int j = 0; j < n; j++) {
+            int32_t sum = 0;
             for (int l = 0; l < k; l++)
-                want[(size_t)i * ldc + (size_t)j] += a[(size_t)i * lda + (size_t)l] * w[(size_t)(j / 16) * ldw + (size_t)(l / 4 * 64 + j % 16 * 4 + l % 4)];
-    int32_t *alone = copy_of(want, cs * 4), *over = copy_of(c, cs * 4);
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) alone[(size_t)i * ldc + (size_t)j] -= c[(size_t)i * ldc + (size_t)j];
-    for (int i = 0; i + 1 < m; i++) memcpy(alone + (size_t)i * ldc + n, c + (size_t)i * ldc + n, (ldc - (size_t)n) * sizeof *c);
+                sum += a[(size_t)i * lda + (size_t)l] * w[(size_t)(j / 16) * ldw + (size_t)(l / 4 * 64 + j % 16 * 4 + l % 4)];
+            want[(size_t)i * ldc + (size_t)j] += sum;
+            alone[(size_t)i * ldc + (size_t)j] = sum;
+        }
     t->gemm_i8(c, ldc, a, lda, w, ldw, m, n, k, 1);
     CHECK(!memcmp(c, want, cs * 4), "%s gemm_i8 %dx%dx%d, fill %d", t->isa, m, n, k, fill);
     t->gemm_i8(over, ldc, a, lda, w, ldw, m, n, k, 0);

@@ -136,24 +136,31 @@ static void ways(const migi_model *model, const char *isa, const int32_t *want, 
     close_rig(&r);
 }
 
-/* More keys than a block of few queries takes, more tokens than a chunk: in one piece and token by token. */
+/* More keys than a block of few queries takes, more tokens than a chunk: in one piece, token by token, and as a prompt, of which
+ * the last layer works for the last token alone. */
 static void long_text(const migi_model *model, const char *isa, int fp32, float tolerance)
 {
     enum { LONG = 600 };
-    int32_t text[LONG];
-    float whole[LONG], single[LONG], worst = 0.f;
+    int32_t text[LONG + 1] = {prompt[0]}, *rest = text + 1;
+    float whole[LONG], single[LONG], worst = 0.f, next, after_prompt;
     rig r = {0};
-    migi_session_options o = {.context = LONG + 1, .fp32 = fp32};
+    migi_session_options o = {.context = LONG + 2, .fp32 = fp32};
     CHECK(migi_pool_new(&r.pool, 2, isa, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_new(&r.session, model, r.pool, &o, &r.err) == MIGI_OK, "%s", r.err.message);
-    for (int i = 0; i < LONG; i++) text[i] = 8 + i * i % 53;
+    for (int i = 0; i < LONG; i++) rest[i] = 8 + i * i % 53;
     CHECK(migi_session_sync(r.session, prompt, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
-    CHECK(migi_session_append(r.session, text, LONG, whole, &r.err) == MIGI_OK, "%s", r.err.message);
+    CHECK(migi_session_append(r.session, rest, LONG, whole, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_sync(r.session, prompt, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
     for (int i = 0; i < LONG; i++)
-        CHECK(migi_session_append(r.session, &text[i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
+        CHECK(migi_session_append(r.session, &rest[i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
+    CHECK(migi_session_append(r.session, rest, 1, &next, &r.err) == MIGI_OK, "%s", r.err.message);
+    CHECK(migi_session_sync(r.session, rest, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message); /* nothing is kept */
+    CHECK(migi_session_sync(r.session, text, LONG + 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
+    CHECK(migi_session_append(r.session, rest, 1, &after_prompt, &r.err) == MIGI_OK, "%s", r.err.message);
     for (int i = 0; i < LONG; i++) worst = fmaxf(worst, fabsf(whole[i] - single[i]));
     CHECK(worst <= tolerance, "%s, fp32 %d: a long text in one piece and token by token differ by %g", isa, fp32, (double)worst);
+    CHECK(fabsf(next - after_prompt) <= tolerance, "%s, fp32 %d: after a long prompt %g, token by token %g", isa, fp32, (double)after_prompt,
+          (double)next);
     close_rig(&r);
 }
 
