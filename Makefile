@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD := pyproject.toml setup.py __init__.py runtime/build_migi.py $(wildcard runtime/csrc/*)
-SOURCES := $(BUILD) $(wildcard runtime/*.py runtime/*.mig runtime/*.md runtime/examples/*)
+BUILD := pyproject.toml setup.py __init__.py runtime/build_migi.py $(shell find runtime/csrc -type f)
+SOURCES := $(BUILD) $(shell find runtime -name "*.py") $(wildcard runtime/*.mig runtime/*.md runtime/examples/*)
 FOLDERS := $(patsubst %/__init__.py,%,$(wildcard runtime/__init__.py calib/__init__.py export/__init__.py \
 	bench/__init__.py train/__init__.py))
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .runtime.answer import Answer, Step, Token
     from .runtime.boxes import Box
     from .runtime.errors import (
         Cancelled,
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
         ImageError,
         MigicianError,
         ModelFileError,
+        OutOfMemory,
         UnsupportedError,
     )
-    from .runtime.model import Answer, Chat, Model, Step, Token, load
+    from .runtime.model import Chat, Model, load
 
 __version__ = "0.2.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "MigicianError",
     "Model",
     "ModelFileError",
+    "OutOfMemory",
     "Step",
     "Token",
     "UnsupportedError",
@@ -43,7 +46,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Answer": "model",
+    "Answer": "answer",
     "Box": "boxes",
     "Cancelled": "errors",
     "Chat": "model",
@@ -52,8 +55,9 @@ _HOME = {
     "MigicianError": "errors",
     "Model": "model",
     "ModelFileError": "errors",
-    "Step": "model",
-    "Token": "model",
+    "OutOfMemory": "errors",
+    "Step": "answer",
+    "Token": "answer",
     "UnsupportedError": "errors",
     "load": "model",
 }

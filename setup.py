@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("runtime", "calib", "calib/scenes", "export", "bench", "bench/accuracy", "bench/latency", "train")
+TOPS = ("runtime", "calib", "export", "bench", "train")
 BUILD_ONLY = {("migician", "setup"), ("migician.runtime", "build_migi")}
 
 
@@ -27,15 +27,20 @@ def version() -> str:
     return found.group(1)
 
 
+def folders() -> list[str]:
+    """Every folder with an __init__.py below the top ones is a package."""
+    files = sorted(file for top in TOPS for file in (ROOT / top).rglob("__init__.py"))
+    return [".".join(("migician", *file.parent.relative_to(ROOT).parts)) for file in files]
+
+
 setup(
     version=version(),
     package_dir={"migician": "."},
-    packages=["migician"]
-    + ["migician." + folder.replace("/", ".") for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()],
+    packages=["migician", *folders()],
     package_data={
         "migician": ["py.typed"],
         "migician.runtime": ["nano.mig", "*.md", "examples/*"],
-        "migician.train": ["*.yaml"],
+        "migician.train.nano": ["*.yaml"],
     },
     cffi_modules=["runtime/build_migi.py:ffibuilder"],
     cmdclass={"build_py": BuildPackage},

@@ -22,8 +22,8 @@ _FORMATS = ("mig", "gptq", "onnx", "tensorrt")
 def _describe(context: click.Context, _: click.Parameter, value: str | None) -> None:
     if value is None:
         return
-    from ..runtime.checkpoint import open_checkpoint
-    from ..runtime.describe import describe, describe_text
+    from ..runtime.files.describe import describe, describe_text
+    from ..runtime.files.open import open_checkpoint
 
     with open_checkpoint(value) as checkpoint:
         click.echo(describe_text(describe(checkpoint)))

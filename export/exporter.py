@@ -16,10 +16,11 @@ import numpy as np
 
 from ..calib.scenes.evaluate import evaluate
 from ..calib.store import Calibration, Sample, nano_calibration, open_calibration
-from ..runtime.checkpoint import Checkpoint, open_checkpoint
-from ..runtime.describe import PARTS, describe
 from ..runtime.errors import MigicianError, UnsupportedError
-from ..runtime.mig import write_mig
+from ..runtime.files.checkpoint import Checkpoint
+from ..runtime.files.describe import PARTS, describe
+from ..runtime.files.mig import write_mig
+from ..runtime.files.open import open_checkpoint
 
 __all__ = ["Options", "Rejected", "export"]
 
@@ -145,7 +146,7 @@ def _quantize(checkpoint: Checkpoint, options: Options, show: Show) -> list[Path
 
 def _place(options: Options, candidate: Path, report: Mapping[str, Any]) -> list[Path]:
     """Lets the candidate through the gate, or not, and writes the other outputs."""
-    from .hf_gptq import write_gptq
+    from .formats.gptq import write_gptq
     from .report import write_report
 
     written: list[Path] = []

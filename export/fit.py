@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.engine import Pool, integer_sums
-from ..runtime.tensors import Tensor as Stored
+from ..runtime.backends.native import Pool, integer_sums
+from ..runtime.files.tensors import Tensor as Stored
 from .gptq import gptq_rows, gram
 from .grid import Grid, dequantize_activations, int4_grid, int8_grid
 from .packing import group_size, pack_int4, pack_int8

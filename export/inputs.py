@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calib.store import Sample
-from ..runtime.checkpoint import Checkpoint
+from ..runtime.files.checkpoint import Checkpoint
 from ..runtime.image import load_picture, patchify
 from ..runtime.prompt import Vocabulary, build_prompt, rope_positions
 from .towers import Rows, language_angles, vision_angles

@@ -10,7 +10,7 @@ adds nothing to a sum: q is 0 there, a factor 1.
 
 import numpy as np
 
-from ..runtime.quantization import group_size
+from ..runtime.files.quantization import group_size
 
 __all__ = ["group_size", "pack_int4", "pack_int8", "unpack_int4", "unpack_int8"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.checkpoint import Checkpoint, derive
-from ..runtime.config import ModelConfig
-from ..runtime.engine import Pool
+from ..runtime.backends.native import Pool
 from ..runtime.errors import MigicianError
-from ..runtime.quantization import Quantization, matrices
-from ..runtime.tensors import TensorFile
+from ..runtime.files.checkpoint import Checkpoint, derive
+from ..runtime.files.config import ModelConfig
+from ..runtime.files.quantization import Quantization, matrices
+from ..runtime.files.tensors import TensorFile
 from .fit import Fitted, Fitter, pack, row_grid
 from .folder import WorkFolder
 from .inputs import Inputs

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..runtime.charts import Line, bar, bounds, line_chart, shares
-from ..runtime.page import legend, page, section, signed, table, tiles, write_page
+from ..runtime.report.charts import Line, bar, bounds, line_chart, shares
+from ..runtime.report.page import legend, page, section, signed, table, tiles, write_page
 
 __all__ = ["iou_change", "render_report", "write_report"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.config import TextConfig, VisionConfig
+from ..runtime.files.config import TextConfig, VisionConfig
 from .fit import Fitter
 
 __all__ = ["Rows", "language_angles", "run_block", "run_layer", "run_merger", "vision_angles"]

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..runtime.checkpoint import Checkpoint
-from ..runtime.config import ModelConfig
+from ..runtime.files.checkpoint import Checkpoint
+from ..runtime.files.config import ModelConfig
 from .rotate import Rotation, fold_gain, read_rotated, rotate_heads_in, rotate_heads_out, write_rotated
 
 __all__ = ["Rotations", "Unit", "chunks_of", "list_units", "load_unit", "matrices_of"]

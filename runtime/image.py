@@ -14,20 +14,19 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import ImageError, MigicianError, ModelFileError, UnsupportedError
+from .errors import ImageError
+from .files.config import Preprocessor
 
 __all__ = [
     "Picture",
     "PictureSource",
-    "Preprocessor",
     "content_key",
     "load_picture",
     "open_picture",
@@ -43,84 +42,6 @@ MAX_SOURCE_PIXELS = 178_956_970  # the size at which Pillow itself refuses a fil
 MAX_ASPECT_RATIO = 200
 _INTERPRETED = frozenset({"EPS", "WMF"})  # Pillow hands these to an outside interpreter: programs, not pictures
 _READABLE = "PNG, JPEG, WebP, TIFF, BMP or GIF"
-
-
-@dataclass(frozen=True)
-class Preprocessor:
-    """How a model wants its pictures: the fields of its `preprocessor_config.json`.
-
-    min_pixels, max_pixels: bounds of H * W after the resize.   patch_size: pixels per side of a patch.
-    merge_size: patches per side of a cell, which is one token of the language model.
-    temporal_patch_size: how often a still picture is repeated in its patches.
-    mean, std: per channel (RGB), of pixels scaled to 0..1.
-    Raises MigicianError for a value that no picture could satisfy.
-    """
-
-    min_pixels: int
-    max_pixels: int
-    patch_size: int = 14
-    merge_size: int = 2
-    temporal_patch_size: int = 2
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    def __post_init__(self) -> None:
-        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
-                raise MigicianError(f"{name} is {value!r}: expected a whole number from 1 up; correct it")
-        if self.min_pixels > self.max_pixels:
-            raise MigicianError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}: raise the second")
-        for name, values in (("image_mean", self.mean), ("image_std", self.std)):
-            if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "image_std" and 0 in values):
-                raise MigicianError(f"{name} is {list(values)}: expected three finite numbers, no std of 0; correct it")
-
-    @property
-    def factor(self) -> int:
-        """Pixels per side of a cell (28): every resized side is a multiple of it."""
-        return self.patch_size * self.merge_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of cells of a resized picture; their product is its count of visual tokens."""
-        return height // self.factor, width // self.factor
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> "Preprocessor":
-        """Reads the JSON object of a `preprocessor_config.json`, in any of the layouts in use.
-
-        d: pixel bounds as `min_pixels`/`max_pixels` (which win) or as `size: {shortest_edge, longest_edge}`, on top or
-        under `image_processor`. What is missing takes transformers' default for Qwen2-VL.
-        Raises ModelFileError for values that make no sense, UnsupportedError for steps that the runtime does not do.
-        """
-        d = d.get("image_processor", d)
-        size = (d.get("size") or {}) if isinstance(d, Mapping) else None
-        if not isinstance(size, Mapping):
-            raise ModelFileError("not a JSON object with a size; download preprocessor_config.json again")
-        _refuse_other_steps(d)
-        bounds = {
-            "min_pixels": (d.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), 56 * 56),
-            "max_pixels": (d.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), 28 * 28 * 1280),
-        }
-        values: dict[str, Any] = {name: next(v for v in found if v is not None) for name, found in bounds.items()}
-        values |= {k: d[k] for k in ("patch_size", "merge_size", "temporal_patch_size") if d.get(k) is not None}
-        try:
-            for name, key in (("mean", "image_mean"), ("std", "image_std")):
-                if d.get(key) is not None:
-                    values[name] = tuple(float(v) for v in d[key])
-            return cls(**values)
-        except (MigicianError, TypeError, ValueError) as e:
-            raise ModelFileError(str(e)) from None
-
-
-def _refuse_other_steps(d: Mapping[str, Any]) -> None:
-    """Refuses a preprocessor file that asks for another pipeline than resize, rescale, normalize."""
-    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
-    for key, value in wanted.items():
-        if d.get(key, value) not in (value, None):
-            raise UnsupportedError(f"{key} = {d[key]!r}, only {value!r} is served; change it")
-    scale = d.get("rescale_factor")
-    if scale is not None and (not isinstance(scale, float) or abs(scale * 255 - 1) > 1e-6):
-        raise UnsupportedError(f"rescale_factor = {scale!r}, only 1/255 is served; change it")
 
 
 @dataclass(frozen=True)

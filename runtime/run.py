@@ -52,7 +52,7 @@ class Request:
 
 def _print_kernels(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from .engine import kernel_report
+        from .backends.native import kernel_report
 
         click.echo(kernel_report().rstrip("\n"))
         context.exit()
@@ -126,7 +126,7 @@ def _run(request: Request) -> None:
         speculate=request.speculate,
     ) as model:
         if request.stats:
-            from .describe import describe_line
+            from .files.describe import describe_line
 
             click.echo(describe_line(model.describe()), err=True)
         answer = _ask(model, request)

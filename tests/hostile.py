@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from migician.runtime.checkpoint import derive, open_checkpoint
-from migician.runtime.mig import write_mig
-from migician.runtime.tensors import Tensor
+from migician.runtime.files.checkpoint import derive
+from migician.runtime.files.mig import write_mig
+from migician.runtime.files.open import open_checkpoint
+from migician.runtime.files.tensors import Tensor
 
 FACTOR = 60.0
 

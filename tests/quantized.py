@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from migician.export.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
-from migician.runtime.checkpoint import Checkpoint, derive, open_checkpoint
-from migician.runtime.config import tensor_shapes
-from migician.runtime.mig import write_mig
-from migician.runtime.quantization import EMBEDDING, Quantization, group_size, matrices
-from migician.runtime.tensors import Tensor
+from migician.runtime.files.checkpoint import Checkpoint, derive
+from migician.runtime.files.config import tensor_shapes
+from migician.runtime.files.mig import write_mig
+from migician.runtime.files.open import open_checkpoint
+from migician.runtime.files.quantization import EMBEDDING, Quantization, group_size, matrices
+from migician.runtime.files.tensors import Tensor
 
 _INT8_ALWAYS = (EMBEDDING, "lm_head")
 

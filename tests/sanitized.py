@@ -36,8 +36,9 @@ def build(root: Path, folder: Path) -> Path:
     package = folder / "migician" / "runtime"
     package.mkdir(parents=True)
     (folder / "migician" / "__init__.py").symlink_to(root / "__init__.py")
-    for path in (root / "runtime").glob("*.py"):
-        (package / path.name).symlink_to(path)
+    for path in (root / "runtime").iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").exists():
+            (package / path.name).symlink_to(path)
     wrapper = folder / "_migi.c"
     _ffi_builder(root).emit_c_code(str(wrapper))
     include = [f"-I{root / 'runtime' / 'csrc'}", f"-I{sysconfig.get_paths()['include']}"]
@@ -47,7 +48,7 @@ def build(root: Path, folder: Path) -> Path:
         _run(["gcc", *_FLAGS, *include, "-c", str(source), "-o", str(target)])
         return target
 
-    sources = [wrapper, *sorted((root / "runtime" / "csrc").glob("*.c"))]
+    sources = [wrapper, *sorted((root / "runtime" / "csrc").rglob("*.c"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     _run(["gcc", *_FLAGS, "-shared", *map(str, objects), "-lm", "-o", str(package / "_migi.abi3.so")])

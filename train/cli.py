@@ -17,16 +17,16 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
     """Trains as CONFIG (YAML) says, and goes on where an earlier run in the same folder ended.
 
     \b
-    migician-train train/nano.yaml                        the embedded model, from nothing
-    migician-train train/nano.yaml out=runs/more init=train/nano_state.safetensors first=ten
+    migician-train train/nano/nano.yaml                        the embedded model, from nothing
+    migician-train train/nano/nano.yaml out=runs/more init=train/nano/nano_state.safetensors first=ten
 
     Ctrl-C ends the step under way, saves and leaves; the same command goes on from there.
     """
-    from .settings import read_settings
+    from .nano.settings import read_settings
 
     try:
         settings = read_settings(config, overrides)
-        from .trainer import Trainer  # torch
+        from .nano.trainer import Trainer  # torch
 
         trainer = Trainer(settings)
     except (ValueError, OSError, TypeError) as error:

@@ -352,7 +352,7 @@ def _merge(request: Request, questions: "Sequence[Question]") -> dict[int, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    from ...runtime.page import write_page
+    from ...runtime.report.page import write_page
 
     write_page(path, text)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from ...runtime.charts import Ring, bar, radar
-from ...runtime.page import legend, page, section, signed, table, tiles, write_page
+from ...runtime.report.charts import Ring, bar, radar
+from ...runtime.report.page import legend, page, section, signed, table, tiles, write_page
 from .protocol import PAPER, TASKS, Box, paper_ave, strip_tags
 from .report import (
     EXPLAINED,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...runtime.page import signed, write_page
+from ...runtime.report.page import signed, write_page
 from .protocol import paper_ave
 from .report import EXPLAINED, OTHER_DATA, REFERENCES, RULES, Report, reference, task_order
 

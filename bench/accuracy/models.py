@@ -26,9 +26,10 @@ from typing import Any
 
 from PIL import Image
 
-from ...runtime.checkpoint import find_in_cache
 from ...runtime.errors import MigicianError, ModelFileError, UnsupportedError
-from ...runtime.image import Preprocessor, load_picture, open_picture
+from ...runtime.files.config import Preprocessor
+from ...runtime.files.open import find_in_cache
+from ...runtime.image import load_picture, open_picture
 from ...runtime.model import load
 from .families import FAMILIES, PICTURE, Family, detect, find, resized
 from .protocol import strip_tags

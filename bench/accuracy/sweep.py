@@ -279,7 +279,7 @@ def sweep(
 
 
 def _conclude(result: Mapping[str, Any], html: Path | None, markdown: Path | None) -> None:
-    from ...runtime.page import write_page
+    from ...runtime.report.page import write_page
     from .sweep_page import render_html, render_markdown
 
     if html is not None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ...runtime.charts import Point, Series, scatter
-from ...runtime.page import legend, page, section, table
+from ...runtime.report.charts import Point, Series, scatter
+from ...runtime.report.page import legend, page, section, table
 from .markdown import markdown_table
 
 __all__ = ["render_html", "render_markdown"]

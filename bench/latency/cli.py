@@ -108,7 +108,7 @@ def latency(**options: Any) -> None:
     Pictures are noise and differ in every repeat, so that nothing kept from one answer speeds up the next. The last
     line on stdout is one JSON object, which `migician-bench report` turns into a page.
     """
-    from ...runtime.page import write_page
+    from ...runtime.report.page import write_page
     from .measure import measure
     from .text import printed
 
@@ -153,7 +153,7 @@ def _plan(options: dict[str, Any]) -> Any:
 
 def _cores() -> int:
     """The threads that ours would take; peers get the same."""
-    from ...runtime.engine import Pool
+    from ...runtime.backends.native import Pool
 
     return Pool(0).threads
 
@@ -192,7 +192,7 @@ def report(files: tuple[str, ...], out: str, markdown: str | None) -> None:
 
     JSON is what -o wrote or all that the command printed.
     """
-    from ...runtime.page import write_page
+    from ...runtime.report.page import write_page
     from .page import render
     from .results import read_result
     from .text import markdown as as_markdown

@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.checkpoint import Checkpoint, open_checkpoint
-from ...runtime.describe import describe
-from ...runtime.engine import Pool, measure_ceilings
+from ...runtime.backends.native import Pool, measure_ceilings
 from ...runtime.errors import MigicianError
+from ...runtime.files.checkpoint import Checkpoint
+from ...runtime.files.describe import describe
+from ...runtime.files.open import open_checkpoint
 from ...runtime.image import smart_resize
 from .machine import busy, load_average, machine
 from .peers import EngineFailed, EngineMissing, Setting, answers

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.checkpoint import open_checkpoint
-from ...runtime.engine import Pool, Session, Weights
+from ...runtime.backends.native import Pool, Session, Weights
 from ...runtime.errors import ContextFullError, MigicianError
+from ...runtime.files.open import open_checkpoint
 from ...runtime.image import load_picture
 from ...runtime.prompt import Vocabulary, build_prompt
 from .workload import PROMPT, Case, Laps

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ...runtime.page import legend, page, section, table, tiles
+from ...runtime.report.page import legend, page, section, table, tiles
 from .figures import STYLE as FIGURE_STYLE
 from .figures import Curve, Mark, curves, duration, roofline, stacked
 from .machine import busy

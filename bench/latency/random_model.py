@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ...runtime.checkpoint import NANO_FILE
-from ...runtime.config import parse_config, tensor_shapes
 from ...runtime.errors import MigicianError
-from ...runtime.mig import read_mig
+from ...runtime.files.config import parse_config, tensor_shapes
+from ...runtime.files.mig import read_mig
+from ...runtime.files.open import NANO_FILE
 from ...runtime.prompt import Vocabulary, build_prompt
 
 __all__ = ["SHAPES", "byte_tokenizer", "write_random_model"]

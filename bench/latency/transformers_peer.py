@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.checkpoint import open_checkpoint
+from ...runtime.files.open import open_checkpoint
 from ...runtime.prompt import Vocabulary, build_prompt
 from .workload import PROMPT, Case, Laps
 

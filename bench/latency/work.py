@@ -14,9 +14,9 @@ operations. Norms, softmax, RoPE and activations are left out: they are under on
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...runtime.checkpoint import Checkpoint
-from ...runtime.config import ModelConfig
-from ...runtime.quantization import matrices
+from ...runtime.files.checkpoint import Checkpoint
+from ...runtime.files.config import ModelConfig
+from ...runtime.files.quantization import matrices
 
 __all__ = ["Work", "attention_kind", "decode_work", "floor_ms", "language_bytes", "prefill_work", "vision_work"]
 

@@ -1,0 +1,182 @@
+"""The .mig file: a whole model in one safetensors file that opens by mmap alone.
+
+    u64 H | JSON header, padded with spaces | tensors, in the order of computation, each on a 64-byte boundary
+
+`__metadata__` (strings, as safetensors wants them):
+
+| key            | value                                                                |
+|----------------|----------------------------------------------------------------------|
+| format         | "migician"                                                           |
+| format_version | "1"                                                                  |
+| config         | the checkpoint's config.json                                         |
+| tokenizer      | its tokenizer.json                                                   |
+| preprocessor   | its preprocessor_config.json                                         |
+| generation     | its generation_config.json, "{}" if it has none                      |
+| quantization   | "none", or the policy in JSON: quantization.py                       |
+| calibration    | sha256 of the calibration manifest, empty if nothing was calibrated  |
+| checksum       | "sha256:" + hex digest of the data section, everything behind the header |
+
+Other keys are words about the model; `report`, JSON, is what the exporter measured (describe.py reads it).
+safetensors allows no hole between tensors, so where one ends off the boundary a U8 tensor `_pad.N` fills the gap.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import ModelFileError, UnsupportedError
+from .checkpoint import Checkpoint, assemble
+from .tensors import Tensor, TensorFile, iter_chunks, shown
+
+__all__ = ["ALIGN_BYTES", "FORMAT_VERSION", "checksum", "read_mig", "write_mig"]
+
+ALIGN_BYTES = 64
+FORMAT_VERSION = "1"
+
+_VERIFY_BYTES = 64 << 20  # up to here the checksum costs under 0.1 s and is always checked
+_PAD = "_pad."
+_TEXTS = ("config", "tokenizer", "preprocessor", "generation", "quantization", "calibration")
+_OWN = frozenset(("format", "format_version", "checksum", *_TEXTS))
+
+
+def write_mig(path: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Mapping[str, str] | None = None) -> None:
+    """Writes a checkpoint as one .mig file; the same checkpoint gives the same bytes.
+
+    extra: further `__metadata__` strings (a model card's figures, say); the keys of the format itself are refused.
+    The file appears under its name complete or not at all: written beside it, synced, renamed. Weights stream
+    through in 8 MB pieces from wherever their tensors are mapped (checkpoint.derive puts together an exporter's own).
+    Raises ModelFileError when the place cannot be written, ValueError for a bad `extra`.
+    """
+    path = Path(path)
+    metadata = _metadata(checkpoint, extra or {})
+    plan, entries = _plan(checkpoint.tensors)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            # the digest is known only at the end, and is as long as this placeholder
+            file.write(_header(metadata, entries, "0" * 64))
+            digest = hashlib.sha256()
+            for piece in _pieces(checkpoint.tensors, plan):
+                digest.update(piece)
+                file.write(piece)
+            file.seek(0)
+            file.write(_header(metadata, entries, digest.hexdigest()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):  # then it is another writer's file
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError):
+            raise ModelFileError(
+                f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
+            ) from None
+        raise
+
+
+def _metadata(checkpoint: Checkpoint, extra: Mapping[str, str]) -> dict[str, str]:
+    if clash := sorted(_OWN & extra.keys()):
+        raise ValueError(f"extra must not set {', '.join(clash)}")
+    raw = {"quantization": "none", "calibration": "", **checkpoint.raw, "tokenizer": checkpoint.tokenizer_json}
+    kept = {**checkpoint.metadata, **extra}
+    own = {"format": "migician", "format_version": FORMAT_VERSION, **{key: raw[key] for key in _TEXTS}}
+    return {**own, **{key: kept[key] for key in sorted(kept)}}
+
+
+def _plan(tensors: Mapping[str, Tensor]) -> tuple[list[tuple[str, int]], dict[str, dict]]:
+    """Places the tensors: [(name, zero bytes to follow)] and the header's entries, padding included."""
+    plan, entries, position = [], {}, 0
+    for number, (name, tensor) in enumerate(tensors.items()):
+        end = position + tensor.nbytes
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        gap = -end % ALIGN_BYTES
+        if gap:
+            entries[f"{_PAD}{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+        plan.append((name, gap))
+        position = end + gap
+    return plan, entries
+
+
+def _header(metadata: Mapping[str, str], entries: Mapping[str, dict], digest: str) -> bytes:
+    whole = {"__metadata__": {**metadata, "checksum": f"sha256:{digest}"}, **entries}
+    text = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGN_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(tensors: Mapping[str, Tensor], plan: list[tuple[str, int]]) -> Iterator[memoryview | bytes]:
+    for name, gap in plan:
+        yield from iter_chunks(tensors[name].data)
+        if gap:
+            yield bytes(gap)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checksum(file: TensorFile) -> str:
+    """Computes "sha256:..." over the data section of an open file."""
+    digest = hashlib.sha256()
+    with file.data() as data:
+        for piece in iter_chunks(data):
+            digest.update(piece)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_mig(path: str | os.PathLike[str], *, verify: bool | None = None) -> Checkpoint:
+    """Opens a .mig file.
+
+    verify: True compares the checksum, False does not, None does for files of at most 64 MB.
+    Raises ModelFileError for a damaged file, UnsupportedError for a newer format version.
+    """
+    path = Path(path)
+    file = TensorFile(path)
+    try:
+        metadata = _check_format(file)
+        if verify is None:
+            verify = path.stat().st_size <= _VERIFY_BYTES
+        if verify and checksum(file) != metadata["checksum"]:
+            raise ModelFileError(f"{path}: the checksum does not match, the file is damaged; copy or export it again")
+        found = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(_PAD)}
+        raw = {key: metadata[key] for key in _TEXTS if key != "tokenizer"}
+        rest = {key: value for key, value in metadata.items() if key not in _OWN}
+        return assemble(path.stem, raw, metadata["tokenizer"], found, files=(file,), metadata=rest, where=path)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _check_format(file: TensorFile) -> dict[str, str]:
+    metadata, path = file.metadata, file.path
+    if metadata.get("format") != "migician":
+        raise ModelFileError(f"{path}: plain safetensors, not a .mig file; give the checkpoint folder that holds it")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UnsupportedError(
+            f"{path}: format version {shown(version)}, this release reads {FORMAT_VERSION}; upgrade or export it again"
+        )
+    if missing := sorted(_OWN - metadata.keys()):
+        raise ModelFileError(f"{path}: the header lacks {', '.join(missing)}; export it again")
+    if not re.fullmatch("([0-9a-f]{64})?", metadata["calibration"]):
+        raise ModelFileError(
+            f"{path}: calibration is {shown(metadata['calibration'])}, expected a sha256 or nothing; export it again"
+        )
+    for name, tensor in file.tensors.items():
+        if not name.startswith(_PAD) and tensor.data.ctypes.data % ALIGN_BYTES:
+            raise ModelFileError(
+                f"{path}: tensor {shown(name)} is not on a {ALIGN_BYTES}-byte boundary; export it again"
+            )
+    return metadata
