@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from ..runtime.command import run_command
+from ..runtime.command import run_command, version_option
 
 __all__ = ["command", "main"]
 
@@ -42,6 +42,7 @@ class _Lazy(click.Group):
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@version_option
 def command() -> None:
     """Measures models: accuracy on grounding benchmarks, latency on this machine."""
 

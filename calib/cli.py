@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ..runtime.command import run_command
+from ..runtime.command import run_command, version_option
 from ..runtime.errors import MigicianError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def _split(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--tasks", callback=_split, metavar="A,B", help="Only records of these types. [all]")
 @click.option("--images", type=click.Path(path_type=Path), metavar="ROOT", help="Where the pictures' paths begin.")
 @click.option("--licence", metavar="TEXT", help="What the manifest says of the data's licence.")
+@version_option
 def command(**options: Any) -> None:
     """Chooses records of SOURCE evenly over tasks, numbers of pictures and resolutions, and writes them to DIR.
 

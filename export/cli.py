@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ..runtime.command import run_command
+from ..runtime.command import run_command, version_option
 
 __all__ = ["command", "main"]
 
@@ -52,6 +52,7 @@ def _describe(context: click.Context, _: click.Parameter, value: str | None) -> 
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads. [0: torch's own choice]")
 @click.option("--describe", metavar="FILE", is_eager=True, expose_value=False, callback=_describe,
               help="Say what a model file is, and exit.")  # fmt: skip
+@version_option
 def command(mode: str | None, calib: str | None, formats: tuple[str, ...], **rest: Any) -> None:
     """Quantizes MODEL (a checkpoint folder, a hub id, a bf16 .mig file or nano) into one file that opens at once.
 

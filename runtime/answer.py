@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from .boxes import Box
@@ -66,18 +67,25 @@ class Clock:
 
 
 class Stream(Iterator[Step]):
-    """Steps of an answer as they are decoded; `answer` holds the whole once the steps have ended."""
+    """Steps of an answer as they are decoded; `answer` holds the whole once the steps have ended.
 
-    def __init__(self, steps: Generator[Step, None, Answer]) -> None:
-        self._steps = steps
+    lock: held for as long as a step takes.
+    """
+
+    def __init__(self, steps: Generator[Step, None, Answer], lock: AbstractContextManager[None] | None = None) -> None:
+        self._steps, self._lock = steps, lock or nullcontext()
         self._answer: Answer | None = None
 
     def __next__(self) -> Step:
         try:
-            return next(self._steps)
+            with self._lock:
+                return next(self._steps)
         except StopIteration as end:
             self._answer = self._answer or end.value
             raise
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise MigicianError("a stream is under way in this process; take its steps and copy the answer")
 
     def finish(self) -> Answer:
         """Takes the steps that are left and returns the whole answer."""

@@ -1,5 +1,6 @@
-"""How every command of this package ends: each failure is one line on stderr and an exit status, never a traceback."""
+"""How every command of this package begins and ends: sound standard streams, one line on stderr for each failure."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -7,9 +8,12 @@ from typing import NoReturn
 
 import click
 
+from .. import __version__
 from .errors import MigicianError
 
-__all__ = ["run_command"]
+__all__ = ["read_stdin", "run_command", "version_option"]
+
+version_option = click.version_option(__version__, message="%(prog)s %(version)s")
 
 
 def run_command(
@@ -29,6 +33,8 @@ def run_command(
         click.echo(f"{name}: {' '.join(message.split())}", err=True)
         sys.exit(status)
 
+    if not _mend_streams():
+        fail("standard output is closed; redirect it to a file, or to /dev/null")
     try:
         status = command.main(None if arguments is None else list(arguments), name, standalone_mode=False)
         sys.stdout.flush()
@@ -49,3 +55,35 @@ def run_command(
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; correct it and run again")
     except Exception as error:
         fail(f"internal error: {type(error).__name__}: {error}; please report it with the command that shows it")
+
+
+def _mend_streams() -> bool:
+    """Puts /dev/null where a standard stream is closed, and lets stdout write any character; False if it was closed.
+
+    A file opened later would take a closed stream's number, and with it whatever a library prints. What stdout's
+    encoding lacks is written as an escape: an answer with a Chinese word must not end in an error.
+    """
+    had_stdout = sys.stdout is not None
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return had_stdout
+
+
+def read_stdin() -> str:
+    """Reads a text from standard input: UTF-8, with or without a byte order mark. Any other is a MigicianError."""
+    if sys.stdin is None:
+        raise MigicianError("standard input is closed; pipe the text in, or give it as an argument")
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data else "ANOTHER-ENCODING"
+        raise MigicianError(f"standard input is not UTF-8 text; convert it first: iconv -f {kind} -t UTF-8")
+    return text.strip()

@@ -6,6 +6,7 @@ with load("nano") as model:
 """
 
 import os
+import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -20,6 +21,7 @@ from .cache import CACHE_BYTES, Kept, PictureCache
 from .decode import Turn, decode
 from .drafts import Speculator
 from .errors import ContextFullError, MigicianError, ModelFileError, UnsupportedError
+from .fair_lock import FairLock
 from .files.checkpoint import Checkpoint
 from .files.config import ModelConfig, Preprocessor
 from .files.describe import describe
@@ -30,8 +32,14 @@ from .prompt import Vocabulary, build_prompt
 __all__ = ["Chat", "Model", "load"]
 
 
+_loaded: "weakref.WeakSet[Model]" = weakref.WeakSet()
+
+
 class Model:
-    """A loaded model. One call at a time; use one Model per thread, or share the file: pages are shared.
+    """A loaded model. Threads may share it: it answers one question at a time, in the order in which they were asked.
+
+    A forked child may go on using it. Several answers at once take several models; the file's pages are shared.
+    Pickled or deep-copied, it opens the same file again.
 
     What a question leaves behind makes the next one cheap: pictures are kept, encoded, by their content, at most
     cache_bytes of them, and the engine keeps the KV cache of the last prompt and answer, of which the next prompt
@@ -57,12 +65,20 @@ class Model:
             self._engine: Engine | None = open_engine(backend, checkpoint, options or Options())
         except (ModelFileError, UnsupportedError) as error:  # these know of tensors and words, not of files
             raise type(error)(f"{checkpoint.where}: {error}") from None
+        self._line = FairLock()
         self._questions = 0  # a stream sees by them that another one came in between
+        self._again: tuple[Any, ...] = ()  # what load() was asked, for a copy
         self._cache = PictureCache(cache_bytes)
         self._speculator: Speculator | None = None
         if speculate:
             stop = {*self.config.eos_tokens, self.config.image_token}
             self._speculator = Speculator(self._vocabulary, rows=self._engine.verify_rows, stop=stop)
+        _loaded.add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._again:
+            raise MigicianError("this model was not made by load(), so it cannot be opened again; load it there")
+        return _load_again, self._again
 
     def __enter__(self) -> "Model":
         return self
@@ -79,11 +95,12 @@ class Model:
 
     def close(self) -> None:
         """Frees the engine, the kept pictures and the weights' mapping; later calls raise MigicianError."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
-        self._cache.clear()
-        self._checkpoint.close()
+        with self._line:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = None
+            self._cache.clear()
+            self._checkpoint.close()
 
     def ground(
         self,
@@ -100,9 +117,8 @@ class Model:
         repetition_penalty: None takes the checkpoint's own.
         Raises ImageError, ContextFullError, MigicianError for an empty prompt.
         """
-        return self.stream(
-            images, prompt, max_new_tokens=max_new_tokens, max_side=max_side, repetition_penalty=repetition_penalty
-        ).finish()
+        with self._line:
+            return Stream(self._steps(images, prompt, max_new_tokens, max_side, repetition_penalty)).finish()
 
     def stream(
         self,
@@ -117,30 +133,38 @@ class Model:
 
         Ask nothing else of the model before the last step: a stream that was overtaken raises MigicianError.
         """
+        return Stream(self._steps(images, prompt, max_new_tokens, max_side, repetition_penalty), self._line)
 
-        def steps() -> Generator[Step, None, Answer]:
-            clock = Clock()
-            pictures = self._read(images, max_side)
-            clock.lap("preprocess_ms")
-            return (yield from self._ask(prompt, pictures, (), max_new_tokens, repetition_penalty, clock))
-
-        return Stream(steps())
+    def _steps(
+        self,
+        images: Sequence[PictureSource],
+        prompt: str,
+        max_new_tokens: int,
+        max_side: int | None,
+        repetition_penalty: float | None,
+    ) -> Generator[Step, None, Answer]:
+        clock = Clock()
+        pictures = self._read(images, max_side)
+        clock.lap("preprocess_ms")
+        return (yield from self._ask(prompt, pictures, (), max_new_tokens, repetition_penalty, clock))
 
     def chat(self, images: Sequence[PictureSource], *, max_side: int | None = None) -> "Chat":
         """Opens a conversation about the pictures; they are read and encoded once."""
-        return Chat(self, self._read(images, max_side))
+        with self._line:
+            return Chat(self, self._read(images, max_side))
 
     def logprobs(self, images: Sequence[PictureSource], prompt: str, answer_text: str) -> np.ndarray:
         """Scores a given answer: f32[T], the natural log-probability of each of its tokens, teacher-forced."""
-        pictures = self._read(images, None)
-        answer = self._vocabulary.encode(answer_text)
-        if not answer:
-            return np.empty(0, np.float32)
-        ids = self._prompt(prompt, pictures, (), len(answer))
-        engine = self._begin(len(ids) + len(answer))
-        self._cache.encode(pictures, engine.encode)
-        engine.sync(ids, [picture.vision for picture in pictures])
-        scores = engine.append(answer, logprobs=True)
+        with self._line:
+            pictures = self._read(images, None)
+            answer = self._vocabulary.encode(answer_text)
+            if not answer:
+                return np.empty(0, np.float32)
+            ids = self._prompt(prompt, pictures, (), len(answer))
+            engine = self._begin(len(ids) + len(answer))
+            self._cache.encode(pictures, engine.encode)
+            engine.sync(ids, [picture.vision for picture in pictures])
+            scores = engine.append(answer, logprobs=True)
         assert scores is not None
         return scores
 
@@ -221,6 +245,21 @@ class Model:
             if question != self._questions:
                 raise MigicianError("another question was asked before this stream ended; take all its steps first")
 
+    def _after_fork(self) -> None:
+        """In a forked child: the threads that waited or answered are not there any more."""
+        interrupted, self._line = self._line.held, FairLock()
+        if self._engine is not None:
+            self._engine.after_fork(interrupted)
+
+
+def _after_fork() -> None:
+    for model in list(_loaded):
+        model._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 
 class Chat:
     """A conversation about one set of pictures; earlier turns and encoded pictures are never computed again."""
@@ -231,12 +270,17 @@ class Chat:
 
     def ask(self, prompt: str, *, max_new_tokens: int = 512, repetition_penalty: float | None = None) -> Answer:
         """Answers the next question; the answers before it stay in the context. Raises as Model.ground does."""
-        clock = Clock()
-        clock.stats["preprocess_ms"] = 0.0
-        steps = self._model._ask(prompt, self._pictures, self._turns, max_new_tokens, repetition_penalty, clock)
-        answer = Stream(steps).finish()
-        self._turns.append((prompt, [token.id for token in answer.tokens]))
+        model = self._model
+        with model._line:
+            clock = Clock()
+            clock.stats["preprocess_ms"] = 0.0
+            steps = model._ask(prompt, self._pictures, self._turns, max_new_tokens, repetition_penalty, clock)
+            answer = Stream(steps).finish()
+            self._turns.append((prompt, [token.id for token in answer.tokens]))
         return answer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise MigicianError("a chat holds pictures that are encoded in this process; copy its model and ask anew")
 
 
 def load(
@@ -271,10 +315,17 @@ def load(
         options = Options(threads=threads, fp32=precision == "fp32")
         model = Model(checkpoint, backend=backend, options=options, speculate=speculate, cache_bytes=cache_bytes)
         model.preprocessor = preprocessor
+        asked = {"threads": threads, "precision": precision, "backend": backend, "min_pixels": min_pixels}
+        asked |= {"max_pixels": max_pixels, "speculate": speculate, "cache_bytes": cache_bytes}
+        model._again = os.path.abspath(checkpoint.where), asked
         return model
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _load_again(source: str, asked: dict[str, Any]) -> Model:
+    return load(source, **asked)
 
 
 def _bounded(pre: Preprocessor, min_pixels: int | None, max_pixels: int | None) -> Preprocessor:

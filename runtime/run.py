@@ -7,6 +7,7 @@ stdout carries the answer only, stderr the story. Exit status: 0 done, 1 failed 
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,14 +17,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .command import run_command
+from .backends import BACKENDS
+from .command import read_stdin, run_command, version_option
 from .errors import MigicianError
 
 if TYPE_CHECKING:
-    from .model import Answer, Model
+    from PIL import Image
+
+    from .answer import Answer
+    from .image import PictureSource
+    from .model import Model
 
 __all__ = ["command", "main"]
 
+_PICTURE_NAME = re.compile(r"data:image/\S+|\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|hei[cf]|avif)", re.IGNORECASE)
 _SHEET_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -76,11 +83,11 @@ _COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("words", nargs=-1, metavar="IMAGE... PROMPT")
+@click.argument("words", nargs=-1, metavar="[IMAGE]... PROMPT")
 @click.option("--model", metavar="M", help="A .mig file, a checkpoint folder, a hub id, nano. [MIGICIAN_MODEL, nano]")
-@click.option("--backend", type=click.Choice(["native"]), default="native", show_default=True, help="What computes.")
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="native", help="What computes. [native]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--draw", metavar="OUT.png", callback=_sheet_path, help="Write a sheet of all pictures with their boxes.")
+@click.option("--draw", metavar="OUT.png", callback=_sheet_path, help="Write a sheet of the pictures with boxes.")
 @click.option("--max-new-tokens", type=_COUNT, default=512, show_default=True, metavar="N", help="Longest answer.")
 @click.option("--min-pixels", type=_COUNT, metavar="N", help="Enlarge pictures to at least this area. [the model's]")
 @click.option("--max-pixels", type=_COUNT, metavar="N", help="Shrink pictures to at most this area. [the model's]")
@@ -94,20 +101,45 @@ _COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
 @click.option("--stream", is_flag=True, help="Show the answer as it comes.")
 @click.option("--kernels", is_flag=True, is_eager=True, expose_value=False, callback=_print_kernels,
               help="Show which kernels serve this machine, and exit.")  # fmt: skip
+@version_option
 def command(words: tuple[str, ...], **options: Any) -> None:
     """Asks PROMPT about the pictures and prints the answer; boxes are in pixels of the pictures as given.
 
-    PROMPT is one argument; - reads it from standard input.
+    PROMPT is the last argument; - reads it from standard input. Without pictures it is a question in words alone.
+
+    \b
+    migician-run a.jpg b.jpg "Where is the cup of the first image in the second one?" --draw boxes.png
+    migician-run *.jpg "the common object in all these images" --json --model path/to/Migician
     """
-    if len(words) < 2:
-        raise click.UsageError("give at least one picture and, as the last argument, the question in quotes.")
+    if not words:
+        raise click.UsageError("give the pictures and, as the last argument, the question in quotes.")
+    *images, prompt = words
+    if _names_a_picture(prompt):
+        raise click.UsageError(f"{prompt[:80]!r} is a picture: give the question in quotes behind it.")
     low, high = options["min_pixels"], options["max_pixels"]
     if low is not None and high is not None and low > high:
         raise click.UsageError(f"--min-pixels {low} is more than --max-pixels {high}.")
-    prompt = words[-1]
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
-    _run(Request(images=words[:-1], prompt=prompt, **options))
+        prompt = read_stdin()
+    _run(Request(images=tuple(images), prompt=prompt, **options))
+
+
+def _names_a_picture(word: str) -> bool:
+    """Whether the word in the question's place is a picture: by how it ends, or because such a file is there."""
+    if _PICTURE_NAME.fullmatch(word):
+        return True
+    try:
+        if not os.path.isfile(word):
+            return False
+    except ValueError:  # a NUL inside
+        return False
+    from .image import open_picture
+
+    try:
+        open_picture(word)
+    except MigicianError:
+        return False
+    return True
 
 
 def _run(request: Request) -> None:
@@ -129,20 +161,39 @@ def _run(request: Request) -> None:
             from .files.describe import describe_line
 
             click.echo(describe_line(model.describe()), err=True)
-        answer = _ask(model, request)
+        opened = _open_for_sheet(request.images) if request.draw is not None else ()
+        answer = _ask(model, request, opened or request.images)
         if request.as_json:
-            click.echo(json.dumps(_as_dict(answer, model, request.logprobs), ensure_ascii=False, allow_nan=False))
+            click.echo(_to_json(_as_dict(answer, model, request.logprobs)))
         else:
             _print_text(answer, request)
     if request.draw is not None:
-        _draw(request.draw, request, answer)
+        _draw(request.draw, opened, request.prompt, answer)
         click.echo(f"wrote {request.draw}", err=True)
 
 
-def _ask(model: "Model", request: Request) -> "Answer":
+def _open_for_sheet(images: Sequence[str]) -> "list[Image.Image]":
+    """Decodes the pictures in full, once for the model and the sheet."""
+    from .image import open_picture
+
+    opened = []
+    for path in images:
+        picture = open_picture(path)
+        picture.filename = path  # type: ignore[attr-defined]  # what messages call it
+        opened.append(picture)
+    return opened
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    """One line; in ASCII where stdout's encoding has not every character."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    return json.dumps(value, ensure_ascii=not unicode, allow_nan=False)
+
+
+def _ask(model: "Model", request: Request, images: "Sequence[PictureSource]") -> "Answer":
     """Takes the answer step by step; with --stream the text goes out as it comes (to stderr beside --json)."""
     steps = model.stream(
-        request.images,
+        images,
         request.prompt,
         max_new_tokens=request.max_new_tokens,
         max_side=request.max_side,
@@ -218,14 +269,13 @@ def _table(answer: "Answer", images: Sequence[str]) -> str:
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _draw(path: Path, request: Request, answer: "Answer") -> None:
+def _draw(path: Path, pictures: "Sequence[Image.Image]", title: str, answer: "Answer") -> None:
     """Writes the contact sheet under a temporary name and renames it, so that a sheet is whole or absent."""
     import tempfile
 
     from .draw import contact_sheet
-    from .image import open_picture
 
-    sheet = contact_sheet([open_picture(image) for image in request.images], answer.boxes, title=request.prompt)
+    sheet = contact_sheet(pictures, answer.boxes, title=title)
     handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

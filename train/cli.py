@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from ..runtime.command import version_option
+
 __all__ = ["main"]
 
 
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@version_option
 def main(config: Path, overrides: tuple[str, ...]) -> None:
     """Trains as CONFIG (YAML) says, and goes on where an earlier run in the same folder ended.
 

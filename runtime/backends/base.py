@@ -86,5 +86,11 @@ class Engine(Protocol):
     def cancel(self) -> None:
         """Stops the work of another thread within one layer; the call there raises Cancelled."""
 
+    def after_fork(self, interrupted: bool) -> None:
+        """Makes the engine usable in a forked child, whose only thread calls this.
+
+        interrupted: another thread of the parent was computing; what it was at may be lost.
+        """
+
     def close(self) -> None:
         """Lets go of weights and timeline; nothing else may be called after it."""

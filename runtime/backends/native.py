@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .._migi import ffi, lib
+from ..cores import usable_cores
 from ..errors import Cancelled, ContextFullError, MigicianError, ModelFileError, OutOfMemory, UnsupportedError
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import Tensor
@@ -88,10 +89,15 @@ class Pool:
     def __init__(self, threads: int = 0) -> None:
         out, err = ffi.new("migi_pool **"), ffi.new("migi_error *")
         isa = os.environ.get("MIGICIAN_ISA", "").encode()
-        _check(lib.migi_pool_new(out, threads, isa or ffi.NULL, err), err)
+        _check(lib.migi_pool_new(out, threads or usable_cores(), isa or ffi.NULL, err), err)
         self.handle = ffi.gc(out[0], lib.migi_pool_free)
         self.threads: int = lib.migi_pool_threads(self.handle)
         self.isa: str = ffi.string(lib.migi_pool_isa(self.handle)).decode()
+
+    def restart(self) -> None:
+        """Starts the threads anew in a forked child, where the parent's are not."""
+        lib.migi_pool_restart(self.handle)
+        self.threads = lib.migi_pool_threads(self.handle)
 
 
 def _config(checkpoint: Checkpoint) -> Any:
@@ -308,6 +314,12 @@ class Native:
         """As Session.cancel."""
         if self._session is not None:
             self._session.cancel()
+
+    def after_fork(self, interrupted: bool) -> None:
+        """Starts the threads anew; a timeline that was being written is dropped."""
+        if interrupted:
+            self._session = None
+        self._pool.restart()
 
     def close(self) -> None:
         """Frees session, weights and threads."""

@@ -93,6 +93,9 @@ MIGI_API const char *migi_version(void);
  * avx512vnni-emulated, amx-emulated. OWNED: migi_pool_free. */
 MIGI_API migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, migi_error *err);
 MIGI_API void migi_pool_free(migi_pool *pool);
+/* Starts the workers anew in a child process after fork(), where the parent's threads are not; fewer where the system gives
+ * no more. Only such a child may call it, from its one thread, before it uses the pool or frees it. */
+MIGI_API void migi_pool_restart(migi_pool *pool);
 MIGI_API int32_t migi_pool_threads(const migi_pool *pool);
 MIGI_API const char *migi_pool_isa(const migi_pool *pool); /* BORROWED from the pool */
 

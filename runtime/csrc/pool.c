@@ -134,6 +134,38 @@ static int allowed_cpus(void)
     return n > 0 ? (int)n : 1;
 }
 
+static void init_locks(migi_pool *pool)
+{
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->idle, NULL);
+}
+
+static migi_status start(migi_pool *pool, migi_error *err)
+{
+    migi_status status = MIGI_OK;
+    for (int i = 1; i < pool->threads; i++) {
+        seat *s = malloc(sizeof *s);
+        if (s) *s = (seat){pool, i};
+        int failed = !s || pthread_create(&pool->handles[i], NULL, worker_main, s);
+        if (failed) free(s);
+        FAIL_IF(failed, MIGI_E_THREAD, "the system refused thread %d; ask for fewer with --threads", i + 1);
+        pool->started = i;
+    }
+done:
+    return status;
+}
+
+/* The locks are made anew too: a thread that is gone may hold them. */
+void migi_pool_restart(migi_pool *pool)
+{
+    init_locks(pool);
+    pool->started = 0;
+    atomic_store(&pool->generation, 0);
+    atomic_store(&pool->busy, 0);
+    if (start(pool, NULL) != MIGI_OK) pool->threads = pool->started + 1; /* with the caller, those that could be had */
+}
+
 migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, migi_error *err)
 {
     migi_status status = MIGI_OK;
@@ -143,9 +175,7 @@ migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, mig
             threads, MAX_THREADS);
     pool = calloc(1, sizeof *pool);
     FAIL_IF(!pool, MIGI_E_MEMORY, "no memory for the thread pool");
-    pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    pthread_cond_init(&pool->idle, NULL);
+    init_locks(pool);
     pool->kernels = migi_kernels_best();
     if (isa && *isa) {
         int runs;
@@ -159,14 +189,7 @@ migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, mig
     pool->handles = calloc((size_t)pool->threads, sizeof *pool->handles);
     pool->ranges = migi_alloc((size_t)pool->threads, sizeof *pool->ranges);
     FAIL_IF(!pool->handles || !pool->ranges, MIGI_E_MEMORY, "no memory for %d threads", pool->threads);
-    for (int i = 1; i < pool->threads; i++) {
-        seat *s = malloc(sizeof *s);
-        if (s) *s = (seat){pool, i};
-        int failed = !s || pthread_create(&pool->handles[i], NULL, worker_main, s);
-        if (failed) free(s);
-        FAIL_IF(failed, MIGI_E_THREAD, "the system refused thread %d; ask for fewer with --threads", i + 1);
-        pool->started = i;
-    }
+    TRY(start(pool, err));
     *out = pool;
     return MIGI_OK;
 done:
