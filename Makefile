@@ -1,5 +1,6 @@
-# make demo   asks the embedded model about the bundled pictures
-# make test   lints, checks types, runs the C and the Python tests
+# make demo         asks the embedded model about the bundled pictures
+# make test         lints, checks types, runs the C and the Python tests
+# make test-quick   the Python tests that take under three seconds each
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +10,18 @@ SOURCES := $(BUILD) $(shell find runtime -name "*.py") $(wildcard runtime/*.mig 
 FOLDERS := $(patsubst %/__init__.py,%,$(wildcard runtime/__init__.py calib/__init__.py export/__init__.py \
 	bench/__init__.py train/__init__.py))
 
-.PHONY: demo test lint c-test clean
+.PHONY: demo test test-quick lint c-build c-test py-test clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/python -m migician.runtime.demo --draw demo.png
 
-test: lint c-test
-	$(BIN)/pytest
+# What is built is built first; then everything at once, the C tests' words kept until they end.
+test: c-build
+	@$(MAKE) --no-print-directory -j 3 lint c-test py-test
+
+test-quick: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup -m "not slow"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -23,11 +29,15 @@ lint: $(VENV)/.test
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/migician
 	$(BIN)/mypy -m migician $(foreach folder,$(FOLDERS),-p migician.$(folder))
 
-c-test: $(VENV)/.test
-ifneq ($(wildcard tests/c/Makefile),)
+c-build: $(VENV)/.test
 	$(MAKE) -j 2 -C tests/c build
-	$(MAKE) -C tests/c test
-endif
+
+c-test: c-build
+	@$(MAKE) --no-print-directory -C tests/c test > $(VENV)/c-test.log 2>&1 || { cat $(VENV)/c-test.log; exit 1; }
+	@cat $(VENV)/c-test.log
+
+py-test: $(VENV)/.test
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # A plain install; an editable one that `make test` made serves as well while it is newer than the sources.
 $(VENV)/.runtime: $(SOURCES) | $(VENV)/.created

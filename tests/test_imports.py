@@ -1,27 +1,30 @@
-"""Imports between folders go one way; the runtime sees none of the others and never torch."""
+"""Imports go the way that ARCHITECTURE.md draws, never in a circle; the runtime sees no other folder and never torch."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-ALLOWED = {
-    "runtime": set(),
-    "calib": {"runtime"},
-    "export": {"runtime", "calib"},
-    "bench": {"runtime", "calib"},
-    "train": {"runtime", "calib"},
-    "": {"runtime"},
-}
+FOLDERS = ("runtime", "calib", "export", "bench", "train")
 RUNTIME_MAY_INSTALL = {"numpy", "PIL", "tokenizers", "safetensors", "click", "cffi"}
 
 
-def folder_of(path: Path, root: Path) -> str:
-    parts = path.relative_to(root).parts
-    return parts[0] if len(parts) > 1 else ""
+def drawn(root: Path) -> dict[str, set[str]]:
+    """The arrows of ARCHITECTURE.md: "a -> b c" lets a import b and c."""
+    text = (root / "ARCHITECTURE.md").read_text("utf-8")
+    block = text.partition("## Which way imports go")[2].partition("```\n")[2].partition("```")[0]
+    lines = (line.partition("->") for line in block.splitlines() if "->" in line)
+    return {name.strip(): set(targets.split()) for name, _, targets in lines}
+
+
+def room_of(parts: Sequence[str]) -> str:
+    """Where a file or a dotted name belongs: a folder, and in the runtime a folder of it or one of its own modules."""
+    if not parts or parts[0] not in FOLDERS:
+        return "migician"
+    return "/".join(parts[:2]).removesuffix(".py") if parts[0] == "runtime" else parts[0]
 
 
 def imports(path: Path, root: Path) -> Iterator[str]:
@@ -37,20 +40,47 @@ def imports(path: Path, root: Path) -> Iterator[str]:
 
 
 def sources(root: Path) -> list[Path]:
-    folders = [path for folder in ALLOWED if folder for path in (root / folder).rglob("*.py")]
+    folders = [path for folder in FOLDERS for path in (root / folder).rglob("*.py")]
     return sorted([*folders, root / "__init__.py"])
 
 
-def test_no_import_goes_against_the_arrows(root: Path) -> None:
-    wrong = []
-    for path in sources(root):
-        home = folder_of(path, root)
-        for name in imports(path, root):
-            parts = name.split(".")
-            target = parts[1] if parts[0] == "migician" and len(parts) > 1 else None
-            if target in ALLOWED and target != home and target not in ALLOWED[home]:
-                wrong.append(f"{path.relative_to(root)} imports {name}")
-    assert not wrong, "\n".join(wrong)
+def module_of(path: Path, root: Path) -> str:
+    return ".".join(("migician", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def edges(root: Path) -> dict[str, set[str]]:
+    """Which module of this package imports which, in functions and for types too."""
+    modules = {module_of(path, root): path for path in sources(root)}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        targets = {t if t in modules else t.rpartition(".")[0] for t in imports(path, root)}
+        found[name] = {t for t in targets if t in modules and t != name}
+    return found
+
+
+def test_imports_go_the_way_that_is_drawn_and_every_arrow_is_used(root: Path) -> None:
+    found: dict[str, set[str]] = {}
+    for name, targets in edges(root).items():
+        room = room_of(name.split(".")[1:])
+        found.setdefault(room, set()).update({room_of(t.split(".")[1:]) for t in targets} - {room})
+    for rooms in found.values():  # all that another folder, or the root, may ask of the runtime is: the runtime
+        rooms.discard("migician")
+    wanted = drawn(root)
+    shown = {room: {t.partition("/")[0] if not room.startswith("runtime") else t for t in rooms} - {room}
+             for room, rooms in found.items() if room not in ("runtime", "runtime/__init__")}  # fmt: skip
+    assert shown == wanted, "\n".join(
+        f"{room}: drawn {sorted(wanted.get(room, set()))}, found {sorted(shown.get(room, set()))}"
+        for room in sorted(shown.keys() | wanted.keys())
+        if shown.get(room) != wanted.get(room)
+    )
+
+
+def test_no_circle(root: Path) -> None:
+    left = {name: targets - {"migician"} for name, targets in edges(root).items()}  # the root's names come lazily
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import each other: {sorted(left)}"
 
 
 def test_imports_between_folders_are_relative(root: Path) -> None:
