@@ -1,4 +1,4 @@
-"""Imports go the way that ARCHITECTURE.md draws, never in a circle; the runtime sees no other folder and never torch."""
+"""Imports go the way that ARCHITECTURE.md draws, never in a circle; the runtime sees no other folder and no torch."""
 
 import ast
 import subprocess
