@@ -298,7 +298,7 @@ def load(
 
     source: None takes MIGICIAN_MODEL, else nano. threads: 0 is one per core. precision: "auto" lets activations be
     rounded, to int8 before quantized weights and to bf16 where the CPU multiplies that faster, "fp32" never.
-    backend: what computes, one of backends.BACKENDS.
+    backend: what computes, one of backends.BACKENDS; "torch" rounds to bf16 throughout with precision "auto".
     min_pixels, max_pixels: bounds on a resized picture's area, in place of the model's own.
     speculate: guess at coming tokens and verify several in one pass over the weights; the answer is the same without.
     cache_bytes: most memory for pictures that are kept, encoded, for later questions, 0 for none.

@@ -1,6 +1,7 @@
 """Imports go the way that ARCHITECTURE.md draws, never in a circle; the runtime sees no other folder and no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ import pytest
 
 FOLDERS = ("runtime", "calib", "export", "bench", "train")
 RUNTIME_MAY_INSTALL = {"numpy", "PIL", "tokenizers", "safetensors", "click", "cffi"}
+OF_AN_EXTRA = {"runtime/backends/torch.py": {"torch", "transformers"}}
 
 
 def drawn(root: Path) -> dict[str, set[str]]:
@@ -98,8 +100,17 @@ def test_the_runtime_needs_only_its_dependencies(root: Path) -> None:
     allowed = RUNTIME_MAY_INSTALL | {"migician"} | set(sys.stdlib_module_names)
     wrong = []
     for path in sorted((root / "runtime").rglob("*.py")):
-        wrong += [f"{path.name}: {name}" for name in imports(path, root) if name.split(".")[0] not in allowed]
+        extra = OF_AN_EXTRA.get(path.relative_to(root).as_posix(), set())
+        wrong += [f"{path.name}: {name}" for name in imports(path, root) if name.split(".")[0] not in allowed | extra]
     assert not wrong, "\n".join(wrong)
+
+
+def test_each_backend_names_its_extra(root: Path) -> None:
+    from migician.runtime.backends import BACKENDS
+
+    extras = re.findall(r"^(\w+) = \[", (root / "pyproject.toml").read_text("utf-8").partition("optional-dep")[2], re.M)
+    assert set(BACKENDS) == {path.stem for path in (root / "runtime" / "backends").glob("*.py")} - {"__init__", "base"}
+    assert {extra for extra in BACKENDS.values() if extra} <= set(extras)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "check_backend", "open_engine"]
 
 # name: the extra of this package that installs what it needs, "" where nothing more is needed
-BACKENDS: Mapping[str, str] = {"native": ""}
+BACKENDS: Mapping[str, str] = {"native": "", "torch": "torch"}
 
 
 def check_backend(name: str) -> None:

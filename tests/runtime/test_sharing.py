@@ -154,6 +154,20 @@ def test_a_stream_begun_before_the_fork_goes_on_on_both_sides(tiny, wanted):
         assert told(stream.finish()) == wanted[2]
 
 
+def test_backend_torch_answers_in_a_forked_child(tiny):
+    code = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r}); sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
+import test_sharing as t
+with t.load({str(tiny)!r}, backend="torch", precision="fp32") as model:
+    wanted = t.answers(model)
+    found = t.in_child(lambda: t.answers(model))
+    assert [text for text, _ in found] == [text for text, _ in wanted]
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_workers_of_multiprocessing_ask_a_model_loaded_before(tiny, wanted):
     code = f"""
 import multiprocessing, sys
