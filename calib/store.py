@@ -14,11 +14,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..runtime.errors import MigicianError
+from ..runtime.files.write import whole_folder
 from .scenes import TASKS, sample
 from .scenes.stream import check_seed
 
@@ -156,38 +154,6 @@ def check_target(folder: Path) -> None:
         raise MigicianError(f"{folder}: {parent} is no folder that can be written to; choose another place")
 
 
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` at the end, or vanishes with the parents made for it."""
-    check_target(folder)
-    made = [parent for parent in folder.parents if not parent.exists()]
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)  # mkdtemp made it private
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        raise
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_calibration(
     folder: str | Path,
     samples: Sequence[Sample],
@@ -201,12 +167,14 @@ def write_calibration(
     """Writes a calibration folder; returns the sha256 of its manifest.
 
     The folder appears complete or not at all.   progress: called with the number of samples written.
-    Raises MigicianError when there are no samples, or when folder is there and not empty; OSError.
+    Raises MigicianError when there are no samples, when folder is there and not empty, or where it cannot be
+    written; OSError where a picture cannot be read.
     """
     folder = Path(folder).absolute()
     if not samples:
         raise MigicianError(f"{source}: no samples, so {folder} was not written; give a source with usable records")
-    with _beside(folder) as partial:
+    check_target(folder)
+    with whole_folder(folder, parents=True) as partial:
         (partial / "pictures").mkdir()
 
         def keep(name: str, data: bytes) -> None:
@@ -221,10 +189,8 @@ def write_calibration(
                 records.write(line + b"\n")
                 if progress:
                     progress(done)
-            records.flush()
-            os.fsync(records.fileno())
         text, _ = _manifest(entries, source=source, licence=licence, seed=seed, skipped=skipped or {})
-        _write(partial / "manifest.json", text)
+        (partial / "manifest.json").write_bytes(text)
     return hashlib.sha256(text).hexdigest()
 
 

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import click
 
 from ..runtime.command import run_command, version_option
+from .formats.table import DEFAULT, FORMATS
 
 __all__ = ["command", "main"]
 
-_FORMATS = ("mig", "gptq", "onnx", "tensorrt")
+_OUT = f"The .mig file, or the folder of {' or '.join(row.name for row in FORMATS if row.folder)}."
 
 
 def _describe(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -35,11 +36,12 @@ def _describe(context: click.Context, _: click.Parameter, value: str | None) -> 
 @click.option("--int4", "mode", flag_value="int4", help="int4 language model, the rest int8.")
 @click.option("--int8", "mode", flag_value="int8", help="Everything int8.")
 @click.option("--bf16", "mode", flag_value="bf16", help="As it is, in one file.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The .mig file, or gptq's folder.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help=_OUT)
 @click.option("--calib", metavar="DIR|nano|none", help="What to calibrate on. [nano for nano, else to be given]")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Samples to calibrate on.")
 @click.option("--seed", type=click.IntRange(0, 999_999), default=0, show_default=True, help="Of every random choice.")
-@click.option("--format", "formats", type=click.Choice(_FORMATS), multiple=True, help="Repeatable. [mig]")
+@click.option("--format", "formats", type=click.Choice([row.name for row in FORMATS]), multiple=True,
+              help=f"Repeatable. [{DEFAULT}]")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on where an interrupted export was.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured as a page.")
 @click.option("--max-iou-drop", type=click.FloatRange(0, 1), help="Fail when held-out mean IoU falls by more.")
@@ -69,7 +71,7 @@ def command(mode: str | None, calib: str | None, formats: tuple[str, ...], **res
         raise click.UsageError(
             "give --calib: a folder of migician-calib, nano for drawn scenes, or none to round to nearest."
         )
-    _run(mode=mode, calib=calib or "nano", formats=tuple(dict.fromkeys(formats)) or ("mig",), **rest)
+    _run(mode=mode, calib=calib or "nano", formats=tuple(dict.fromkeys(formats)) or (DEFAULT,), **rest)
 
 
 def _run(**options: Any) -> None:

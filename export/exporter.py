@@ -1,16 +1,10 @@
 """An export from end to end: calibration, quantizing, the file, its accuracy, the gate, the report, other formats."""
 
-import json
-import os
-import platform
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +15,19 @@ from ..runtime.files.checkpoint import Checkpoint
 from ..runtime.files.describe import PARTS, describe
 from ..runtime.files.mig import write_mig
 from ..runtime.files.open import open_checkpoint
+from ..runtime.files.write import move_file
+from ..runtime.machine import cores, processor
+from ..runtime.memory import peak_rss_mb
+from .formats.table import DEFAULT, Format, WriteOptions, choose
+from .report import Accuracy, Coverage, Made, Report, Size
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
 
 __all__ = ["Options", "Rejected", "export"]
 
 Show = Callable[[float, float, str], None]  # done, in all, what is under way
+Targets = Sequence[tuple[Format, Path]]
 
 
 class Rejected(MigicianError):
@@ -35,7 +38,7 @@ class Rejected(MigicianError):
 class Options:
     """What to make of which model.
 
-    mode: int4, int8 or bf16.   out: the .mig file, or the folder where gptq is the only format.
+    mode, formats: of formats/table.py, which says too where each goes if there are several.   out: file or folder.
     calib: "nano", "none" or a calibration folder.   max_side: px of calibration pictures.
     keep: maps that stay bf16 beside the sensitive ones.   held_out: questions per task; 0 asks none.
     max_iou_drop: the gate.   report: an HTML file.
@@ -47,7 +50,7 @@ class Options:
     calib: str = "nano"
     samples: int = 128
     seed: int = 0
-    formats: tuple[str, ...] = ("mig",)
+    formats: tuple[str, ...] = (DEFAULT,)
     resume: bool = False
     rotate: bool = True
     head_int4: bool = False
@@ -65,22 +68,24 @@ def export(options: Options, show: Show = lambda done, total, what: None) -> lis
     Can be killed at any point; with `resume` the next run goes on and writes the same bytes.
     Raises Rejected when the gate closes (the file is kept as OUT.rejected), MigicianError.
     """
-    for wanted in options.formats:
-        if wanted not in ("mig", "gptq"):
-            raise UnsupportedError(f"format {wanted} is not part of this version; choose mig or gptq")
+    rows = choose(options.formats, options.mode)
+    targets = [(row, row.target(options.out, several=len(rows) > 1)) for row in rows]
+    for row, target in targets:
+        row.check_target(target)
     with open_checkpoint(options.model) as checkpoint:
         if checkpoint.quantization is not None:
             raise UnsupportedError(f"{options.model}: quantized already; export from the bf16 checkpoint")
         if options.mode == "bf16":
-            return _plain(checkpoint, options)
-        return _quantize(checkpoint, options, show)
+            return _plain(checkpoint, targets)
+        return _quantize(checkpoint, options, targets, show)
 
 
-def _plain(checkpoint: Checkpoint, options: Options) -> list[Path]:
-    if options.formats != ("mig",):
-        raise UnsupportedError("bf16 has the format mig alone; give --int4 or --int8 for gptq")
-    write_mig(options.out, checkpoint)
-    return [options.out]
+def _plain(checkpoint: Checkpoint, targets: Targets) -> list[Path]:
+    for row, _ in targets:
+        row.check(checkpoint.config, None, checkpoint.name)
+    for row, target in targets:
+        row.write(checkpoint, target, WriteOptions())
+    return [target for _, target in targets]
 
 
 def _calibration(options: Options) -> Calibration | None:
@@ -100,7 +105,7 @@ def _chosen(calibration: Calibration, options: Options) -> list[Sample]:
     return [samples[i] for i in sorted(picked)]
 
 
-def _quantize(checkpoint: Checkpoint, options: Options, show: Show) -> list[Path]:
+def _quantize(checkpoint: Checkpoint, options: Options, targets: Targets, show: Show) -> list[Path]:
     import torch
 
     from .folder import WorkFolder
@@ -118,6 +123,8 @@ def _quantize(checkpoint: Checkpoint, options: Options, show: Show) -> list[Path
         head_int4=options.head_int4,
         keep=(*SENSITIVE, *options.keep),
     )
+    for row, _ in targets:
+        row.check(checkpoint.config, policy, checkpoint.name)
     calibration = _calibration(options)
     settings: dict[str, Any] = {"source": "none"}
     inputs, samples = None, list[Sample]()
@@ -130,62 +137,50 @@ def _quantize(checkpoint: Checkpoint, options: Options, show: Show) -> list[Path
     work = WorkFolder(place, plan_of(checkpoint, policy, settings), resume=options.resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     Job(checkpoint, policy, inputs, work, device, show).run()
-    report: dict[str, Any] = {"model": checkpoint.name, "mode": options.mode, "rotated": options.rotate}
-    report["layers"] = list(layer_reports(work, len(list_units(checkpoint.config))))
-    report["calibration"] = _coverage(calibration, samples, inputs, options)
+    layers = list(layer_reports(work, len(list_units(checkpoint.config))))
+    coverage = _coverage(calibration, samples, inputs, options.seed)
+    made = Made(checkpoint.name, options.mode, options.rotate, layers, coverage)
     candidate = work.path / "candidate.mig"
-    with finish(checkpoint, policy, work, calibration.sha256 if calibration else "") as made:
-        write_mig(candidate, made, extra={"report": _text(report)})
-    report |= _size(candidate)
-    report["accuracy"] = _accuracy(options, candidate, show)
-    report |= {"seconds": time.monotonic() - began, "peak_rss_mb": _peak_rss_mb(), "machine": machine()}
-    written = _place(options, candidate, report)
+    with finish(checkpoint, policy, work, calibration.sha256 if calibration else "") as quantized:
+        write_mig(candidate, quantized, extra={"report": made.to_text()})
+    size, accuracy = _size(candidate), _accuracy(options, candidate, show)
+    machine = f"{processor()}, {cores()} cores"
+    report = Report(made, size, accuracy, time.monotonic() - began, peak_rss_mb(), machine)
+    written = _place(options, targets, candidate, report)
     work.remove()
     return written
 
 
-def _place(options: Options, candidate: Path, report: Mapping[str, Any]) -> list[Path]:
-    """Lets the candidate through the gate, or not, and writes the other outputs."""
-    from .formats.gptq import write_gptq
-    from .report import write_report
+def _place(options: Options, targets: Targets, candidate: Path, report: Report) -> list[Path]:
+    """Lets the candidate through the gate, or not, and writes what was asked for."""
+    from .page import write_report
 
-    written: list[Path] = []
     if options.report is not None:
         write_report(options.report, report)
-        written.append(options.report)
-    if (fault := _gate(options, report["accuracy"])) is not None:
+    if (fault := _gate(options, report.accuracy)) is not None:
         rejected = options.out.with_name(options.out.name + ".rejected")
-        os.replace(candidate, rejected)
+        move_file(candidate, rejected)
         raise Rejected(f"{fault}; the file is kept as {rejected}")
-    if "gptq" in options.formats:
-        folder = options.out
-        if "mig" in options.formats:
-            folder = options.out.with_name(options.out.name.removesuffix(".mig") + "-gptq")
-        with open_checkpoint(candidate) as made:
-            write_gptq(made, folder)
-        written.insert(0, folder)
-    if "mig" in options.formats:
-        os.replace(candidate, options.out)
-        written.insert(0, options.out)
-    return written
+    with open_checkpoint(candidate) as made:
+        # the table's first row takes the candidate away: it is the last to be written
+        for row, target in reversed(targets):
+            row.write(made, target, WriteOptions(finished=candidate))
+    return [*(target for _, target in targets), *([options.report] if options.report is not None else [])]
 
 
-def _gate(options: Options, accuracy: Mapping[str, Any] | None) -> str | None:
-    if options.max_iou_drop is None or accuracy is None:
+def _gate(options: Options, accuracy: Accuracy | None) -> str | None:
+    if options.max_iou_drop is None or accuracy is None or accuracy.drop <= options.max_iou_drop:
         return None
-    drop = accuracy["before"]["mean"]["iou"] - accuracy["after"]["mean"]["iou"]
-    if drop <= options.max_iou_drop:
-        return None
-    return f"the mean IoU fell by {drop:.4f}, more than --max-iou-drop {options.max_iou_drop:g}"
+    return f"the mean IoU fell by {accuracy.drop:.4f}, more than --max-iou-drop {options.max_iou_drop:g}"
 
 
-def _accuracy(options: Options, candidate: Path, show: Show) -> dict[str, Any] | None:
+def _accuracy(options: Options, candidate: Path, show: Show) -> Accuracy | None:
     """Asks the held-out questions of the model before and after; None where nobody wants to know."""
     if options.held_out == 0 or (options.max_iou_drop is None and options.report is None):
         return None
     from ..runtime.model import load
 
-    result: dict[str, Any] = {"per_task": options.held_out}
+    found: dict[str, Any] = {}
     for when, source in (("before", options.model), ("after", str(candidate))):
         asked = 0
 
@@ -195,54 +190,31 @@ def _accuracy(options: Options, candidate: Path, show: Show) -> dict[str, Any] |
             show(asked, 10 * options.held_out, f"held-out questions {when}: {task}")
 
         with load(source, threads=options.threads) as model:
-            result[when] = evaluate(model, options.held_out, progress=count)
-    return result
+            found[when] = evaluate(model, options.held_out, progress=count)
+    return Accuracy(options.held_out, **found)
 
 
 def _coverage(
-    calibration: Calibration | None, samples: Sequence[Sample], inputs: Any, options: Options
-) -> dict[str, Any] | None:
+    calibration: Calibration | None, samples: Sequence[Sample], inputs: "Inputs | None", seed: int
+) -> Coverage | None:
     """What the calibration consisted of."""
-    if calibration is None:
+    if calibration is None or inputs is None:
         return None
     tasks, pictures = [s.task for s in samples], [len(s.images) for s in samples]
-    return {
-        "source": calibration.source,
-        "samples": len(samples),
-        "seed": options.seed,
-        "sha256": calibration.sha256,
-        "tasks": {task: tasks.count(task) for task in sorted(set(tasks))},
-        "pictures": {str(n): pictures.count(n) for n in sorted(set(pictures))},
-        "visual_tokens": inputs.visual_tokens,
-        "text_tokens": inputs.tokens - inputs.visual_tokens,
-    }
+    return Coverage(
+        source=calibration.source,
+        samples=len(samples),
+        seed=seed,
+        sha256=calibration.sha256,
+        tasks={task: tasks.count(task) for task in sorted(set(tasks))},
+        pictures={str(n): pictures.count(n) for n in sorted(set(pictures))},
+        visual_tokens=inputs.visual_tokens,
+        text_tokens=inputs.tokens - inputs.visual_tokens,
+    )
 
 
-def _size(path: Path) -> dict[str, Any]:
+def _size(path: Path) -> Size:
     with open_checkpoint(path) as made:
         facts = describe(made)
-    return {key: facts[key] for key in ("bytes", "weights", "bits_per_weight")} | {
-        "parts": {part: facts["parts"][part] for part in PARTS}
-    }
-
-
-def _text(report: Mapping[str, Any]) -> str:
-    """The report as it goes into the file: nothing in it depends on the machine or the clock."""
-    return json.dumps(report, sort_keys=True)
-
-
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-def machine() -> str:
-    """Names this machine's processor and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    parts = {part: facts["parts"][part] for part in PARTS}
+    return Size(facts["bytes"], facts["weights"], facts["bits_per_weight"], parts)

@@ -5,7 +5,6 @@ Letters: N outputs, K inputs, T rows of activations.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from ..runtime.files.tensors import Tensor as Stored
 from .gptq import gptq_rows, gram
 from .grid import Grid, dequantize_activations, int4_grid, int8_grid
 from .packing import group_size, pack_int4, pack_int8
+from .report import Layer
 
 __all__ = ["Fitted", "Fitter", "pack", "row_grid"]
 
@@ -24,11 +24,11 @@ _ERROR_ROWS = 512  # rows of activations on which output errors are measured
 
 @dataclass(eq=False)
 class Fitted:
-    """One quantized matrix.   q: i8[N, K].   report: its entry in the report."""
+    """One quantized matrix.   q: i8[N, K].   report: its entry in the report, None where it is only a part."""
 
     q: Tensor
     grid: Grid
-    report: dict[str, Any]
+    report: Layer | None = None
 
     def dequantized(self) -> Tensor:
         """Returns f32[N, K]."""
@@ -111,15 +111,14 @@ class Fitter:
         w = self.weights.pop(name + ".weight")
         chosen = nearest if q is None else q
         dense = grid.dequantize(chosen)
-        report: dict[str, Any] = {"name": name, "kind": grid.kind, "shape": list(w.shape)}
-        report["weight_error"] = _relative(dense - w, w)
-        report["rtn_weight_error"] = _relative(grid.dequantize(nearest) - w, w)
-        report["output_error"] = report["rtn_output_error"] = None
+        rounded = grid.dequantize(nearest)
+        errors = {"weight_error": _relative(dense - w, w), "rtn_weight_error": _relative(rounded - w, w)}
         if probe is not None:
             truth = probe @ w.T
-            report["output_error"] = _relative(probe @ dense.T - truth, truth)
-            report["rtn_output_error"] = _relative(probe @ grid.dequantize(nearest).T - truth, truth)
-        report["damping"] = damping
+            errors["output_error"] = _relative(probe @ dense.T - truth, truth)
+            errors["rtn_output_error"] = _relative(probe @ rounded.T - truth, truth)
+        del rounded  # as large as the matrix in float
+        report = Layer(name, grid.kind, tuple(w.shape), damping=damping, **errors)
         self.fitted[name] = Fitted(chosen, grid, report)
         self.stored |= pack(name, self.fitted[name])
         if self._pool is None:

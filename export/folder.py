@@ -10,7 +10,6 @@ is written after its activations.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,27 +19,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..runtime.errors import MigicianError, ModelFileError
+from ..runtime.files.write import remove_leftovers, whole_file
 
 __all__ = ["WorkFolder", "write_file"]
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, syncs and renames it. Raises ModelFileError where that fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise ModelFileError(
-                f"{path}: cannot be written ({error.strerror}); free some space and go on with --resume"
-            ) from None
-        raise
+    """Writes a file, whole or not at all. Raises ModelFileError where that fails."""
+    with whole_file(path, advice="free some space and go on with --resume") as file:
+        file.write(content)
 
 
 class WorkFolder:
@@ -60,11 +47,13 @@ class WorkFolder:
                 raise MigicianError(
                     f"{path}: belongs to an export of another model or other options; delete it or choose another -o"
                 )
+            remove_leftovers(path)
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ModelFileError(f"{path}: cannot be made ({error.strerror}); choose another -o") from None
+        remove_leftovers(path)
         write_file(known, text.encode())
 
     def finished(self) -> int:

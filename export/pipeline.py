@@ -21,6 +21,7 @@ from ..runtime.files.tensors import TensorFile
 from .fit import Fitted, Fitter, pack, row_grid
 from .folder import WorkFolder
 from .inputs import Inputs
+from .report import Layer
 from .towers import Rows, run_block, run_layer, run_merger
 from .units import Rotations, Unit, chunks_of, list_units, load_unit, matrices_of
 
@@ -90,14 +91,14 @@ class Job:
             for number, unit in enumerate(units[start:], start):
                 self.progress(sum(costs[:number]), sum(costs), unit.name)
                 tensors, report, x = self._do(unit, rotations, x)
-                self.folder.keep(number, tensors, report, x)
+                self.folder.keep(number, tensors, [layer.to_dict() for layer in report], x)
                 for file in self.checkpoint.files:
                     file.release()  # the source's pages would add up to the whole model
         self.progress(sum(costs), sum(costs), "packing")
 
     def _do(
         self, unit: Unit, rotations: Rotations | None, x: Tensor | None
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], Tensor | None]:
+    ) -> tuple[dict[str, Tensor], list[Layer], Tensor | None]:
         """One unit: its stored tensors, its report, the activations behind it."""
         if unit.kind in ("embedding", "head"):
             return self._table(unit, rotations, x)
@@ -109,11 +110,11 @@ class Job:
         fitter = Fitter(moved, self.policy.layers, self.policy.group_size, self._pool)
         x = self._through(unit, fitter, None if x is None else x.to(self.device))
         tensors = fitter.stored
-        report = [fitted.report for fitted in fitter.fitted.values()]
+        report = [fitted.report for fitted in fitter.fitted.values() if fitted.report]
         for name, w in fitter.weights.items():
             tensors[name] = self._as_stored(name, w)
             if w.dim() > 1:
-                report.append(_kept_entry(name.removesuffix(".weight"), w.shape))
+                report.append(Layer(name.removesuffix(".weight"), "bf16", tuple(w.shape)))
         return tensors, report, None if x is None else x.cpu()
 
     def _as_stored(self, name: str, w: Tensor) -> Tensor:
@@ -153,10 +154,10 @@ class Job:
 
     def _table(
         self, unit: Unit, rotations: Rotations | None, x: Tensor | None
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], Tensor | None]:
+    ) -> tuple[dict[str, Tensor], list[Layer], Tensor | None]:
         """The embedding or the head, some thousand rows at a time, rounded to nearest."""
         tensors: dict[str, Tensor] = {}
-        report: list[dict[str, Any]] = []
+        report: list[Layer] = []
         if unit.kind == "head":
             norm = self.checkpoint.tensors["model.norm.weight"].to_f32()
             tensors["model.norm.weight"] = torch.ones(len(norm)) if rotations else torch.tensor(norm)
@@ -166,7 +167,7 @@ class Job:
             for part in chunks_of(self.checkpoint, unit, rotations, _TABLE_ROWS):
                 table.add(part, wanted)
             tensors |= table.tensors()
-            report += table.report()
+            report.append(table.report())
             if self.inputs and unit.kind == "embedding":
                 x = self.inputs.embed(torch.cat(table.picked), _given(x))
         return tensors, report, None if unit.kind == "head" else x
@@ -187,12 +188,6 @@ class Job:
                 fitted = min(rows, self.inputs.fit_rows)
                 total += fitted * (n * k + k * k / 2) + k**3 * 2 / 3 + n * k * k / 2
         return total
-
-
-def _kept_entry(name: str, shape: Sequence[int]) -> dict[str, Any]:
-    """The report's entry for a matrix that stays bf16."""
-    nothing = dict.fromkeys(("weight_error", "output_error", "rtn_weight_error", "rtn_output_error", "damping"))
-    return {"name": name, "kind": "bf16", "shape": list(shape), **nothing}
 
 
 def _given(x: Tensor | None) -> Tensor:
@@ -217,7 +212,7 @@ class _Table:
             dense = w.bfloat16().float()
         else:
             grid = row_grid(self._kind, w, self._group_limit)
-            fitted = Fitted(grid.round(w), grid, {})
+            fitted = Fitted(grid.round(w), grid)
             stored, dense = pack(self._name, fitted), fitted.dequantized()
         for name, tensor in stored.items():
             self._parts.setdefault(name, []).append(tensor)
@@ -232,15 +227,13 @@ class _Table:
         """The stored tensors by name."""
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
-    def report(self) -> list[dict[str, Any]]:
+    def report(self) -> Layer:
         """The table's entry in the report."""
+        shape = (self._rows, self._columns)
         if self._kind == "bf16":
-            return [_kept_entry(self._name, (self._rows, self._columns))]
+            return Layer(self._name, self._kind, shape)
         error = (self._error / self._square) ** 0.5 if self._square else 0.0
-        return [
-            {"name": self._name, "kind": self._kind, "shape": [self._rows, self._columns], "weight_error": error,
-             "rtn_weight_error": error, "output_error": None, "rtn_output_error": None, "damping": 0.0}
-        ]  # fmt: skip
+        return Layer(self._name, self._kind, shape, error, rtn_weight_error=error, damping=0.0)
 
 
 def finish(source: Checkpoint, policy: Quantization, folder: WorkFolder, calibration_hash: str) -> Checkpoint:
@@ -253,11 +246,11 @@ def finish(source: Checkpoint, policy: Quantization, folder: WorkFolder, calibra
     return derive(source, found, texts=texts, files=files, where=folder.path)
 
 
-def layer_reports(folder: WorkFolder, count: int) -> Iterator[dict[str, Any]]:
+def layer_reports(folder: WorkFolder, count: int) -> Iterator[Layer]:
     """Yields the report entries of the finished units."""
     for path in folder.units(count):
         with TensorFile(path) as file:
-            yield from json.loads(file.metadata["report"])
+            yield from (Layer(**entry) for entry in json.loads(file.metadata["report"]))
 
 
 def _untied(config: str) -> str:

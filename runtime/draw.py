@@ -9,9 +9,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
 from .boxes import Box
+from .fonts import Lettering, clean
 
 __all__ = ["contact_sheet"]
 
@@ -32,17 +33,19 @@ _COLOURS = (
     "#4b5bd6",
 )
 _TAG = re.compile(r"<\|\w+\|>")
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_WIDE = r"\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"  # scripts without spaces
+_PIECES = re.compile(rf"\s*(?:[{_WIDE}]|[^\s{_WIDE}]+)")
+_LONGEST = 200, 2000  # letters of a label and of a title that are looked at
+_TITLE_LINES = 8
 
 
 def contact_sheet(pictures: Sequence[Image.Image], boxes: Sequence[Box], *, title: str = "") -> Image.Image:
     """Draws all pictures in a grid, captioned "Image 1" and so on, with their boxes, labels and scores.
 
     pictures: upright, any mode, as given to the model: `Box.xyxy` counts their pixels.   boxes: those of a picture
-    that is not there are left out.   title: the question; tags are dropped, long lines wrapped.
-    Colours follow the labels if there are several, else the pictures. Letters beyond Latin need another font than
-    Pillow's own, and appear as empty squares.
+    that is not there are left out.   title: the question; tags are dropped, long lines wrapped, at most 8 of them.
+    Colours follow the labels if there are several, else the pictures. Each letter is drawn with a font that has it;
+    `fonts.undrawable` names those that no font here has, which appear as empty squares.
     Returns an RGB image.
     """
     columns = _columns(len(pictures))
@@ -51,24 +54,24 @@ def contact_sheet(pictures: Sequence[Image.Image], boxes: Sequence[Box], *, titl
     tiles = [_tile(picture, [b for b in boxes if b.image == i], side, colours) for i, picture in enumerate(pictures)]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
 
-    title_font, caption_font = ImageFont.load_default(24), ImageFont.load_default(18)
+    title_font, caption_font = Lettering(24), Lettering(18)
     # Cells are as wide as the widest picture, so that a row of tall ones is not mostly paper.
     cell = max((tile.width for tile in tiles), default=side)
     width = max(columns * (cell + _GAP) + _GAP, 480)
-    lines = _wrap(" ".join(_TAG.sub("", title).split()), title_font, width - 2 * _GAP)
+    lines = _wrap(clean(_TAG.sub("", title)), title_font, width - 2 * _GAP)
     top = _GAP + len(lines) * 32 + (12 if lines else 0)
     height = top + sum(max(tile.height for tile in row) + 28 + _GAP for row in rows)
     sheet = Image.new("RGB", (width, max(height, top + _GAP // 2)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
-        draw.text((_GAP, _GAP + 32 * i), line, fill=_INK, font=title_font, anchor="la")
+        title_font.write(draw, (_GAP, _GAP + 32 * i + title_font.ascent), line, _INK)
 
     left = (width - columns * (cell + _GAP) + _GAP) // 2
     y = top
     for r, row in enumerate(rows):
         for c, tile in enumerate(row):
             x = left + c * (cell + _GAP)
-            draw.text((x, y), f"Image {r * columns + c + 1}", fill=_FAINT, font=caption_font, anchor="la")
+            caption_font.write(draw, (x, y + caption_font.ascent), f"Image {r * columns + c + 1}", _FAINT)
             sheet.paste(tile, (x, y + 28))
             draw.rectangle((x - 1, y + 27, x + tile.width, y + 28 + tile.height), outline=_EDGE)
         y += max(tile.height for tile in row) + 28 + _GAP
@@ -94,7 +97,7 @@ def _tile(picture: Image.Image, boxes: Sequence[Box], side: int, colours: dict[s
     width, height = (max(1, round(v * scale)) for v in picture.size)
     tile = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     draw = ImageDraw.Draw(tile)
-    font = ImageFont.load_default(max(13, min(18, side // 24)))
+    font = Lettering(max(13, min(18, side // 24)))
     places = []
     for box in boxes:
         colour = colours.get(box.label) or colours.get(box.image) or _COLOURS[0]
@@ -128,17 +131,19 @@ def _write_label(
     box: Box,
     place: tuple[int, int, int, int],
     colour: str,
-    font: _Font,
+    font: Lettering,
     taken: list[tuple[int, int, int, int]],
 ) -> None:
     """Writes label and score on a patch of the box's colour: above the box, else below it, else inside."""
     score = f"{box.score:.2f}" if box.score > 0 else ""
     width, height = draw.im.size
-    words = _shorten(box.label, font, width - 14 - font.getlength(f"  {score}"))
+    words = _shorten(clean(box.label[: _LONGEST[0]]), font, width - 14 - font.length(f"  {score}"))
     text = f"{words}  {score}".strip()
     if not text:
         return
-    w, h = math.ceil(font.getlength(text)) + 10, math.ceil(sum(font.getbbox("Ag")[1::2])) + 2
+    up, down = font.extent(f"{text}Ag")
+    margin = font.size // 3
+    w, h = math.ceil(font.length(text)) + 10, up + down + 2 * margin
     x1, y1, x2, y2 = place
     x = max(0, min(x1 - 1, width - w))
     spots = [(x, y1 - h), (x, y2 + 1), (x, y1 + 4), (x, y2 - h - 4), (max(0, min(x2 - w, width - w)), y1 + 4)]
@@ -149,26 +154,29 @@ def _write_label(
     red, green, blue = ImageColor.getrgb(colour)[:3]
     ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"
     draw.rectangle((a, b, a + w - 1, b + h - 1), fill=colour)
-    draw.text((a + 5, b + h / 2), text, fill=ink, font=font, anchor="lm")
+    font.write(draw, (a + 5, b + margin + up), text, ink)
 
 
-def _shorten(text: str, font: _Font, room: float) -> str:
-    if font.getlength(text) <= room:
+def _shorten(text: str, font: Lettering, room: float) -> str:
+    if font.length(text) <= room:
         return text
-    fits = bisect_right(range(1, len(text)), room, key=lambda n: font.getlength(text[:n] + "..."))
+    fits = bisect_right(range(1, len(text)), room, key=lambda n: font.length(text[:n] + "..."))
     return text[:fits].rstrip() + "..." if fits else ""
 
 
-def _wrap(text: str, font: _Font, room: float) -> list[str]:
-    """Cuts text into lines no wider than room, at spaces; a word longer than a line is cut anywhere."""
+def _wrap(text: str, font: Lettering, room: float) -> list[str]:
+    """Cuts text into lines no wider than room, at spaces; what is longer than a line, and Chinese, is cut anywhere."""
     lines = [""]
-    for word in text.split():
-        if font.getlength(f"{lines[-1]} {word}".strip()) <= room:
-            lines[-1] = f"{lines[-1]} {word}".strip()
+    for piece in _PIECES.findall(text[: _LONGEST[1]]):
+        if font.length(f"{lines[-1]}{piece}".strip()) <= room:
+            lines[-1] = f"{lines[-1]}{piece}".lstrip()
             continue
         lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > room:
+        for letter in piece.strip():
+            if font.length(lines[-1] + letter) > room:
                 lines.append("")
             lines[-1] += letter
-    return [line for line in lines if line]
+    lines = [line.rstrip() for line in lines if line.strip()]
+    if len(lines) > _TITLE_LINES:
+        return [*lines[: _TITLE_LINES - 1], _shorten(" ".join(lines[_TITLE_LINES - 1 :])[: _LONGEST[0]], font, room)]
+    return lines

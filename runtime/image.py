@@ -1,9 +1,9 @@
 """Pictures in, resized RGB out: the integer half of what Qwen2-VL's image processor does.
 
-A picture is a path, the bytes of a file, a PIL image or an array. It is turned upright (EXIF), laid on white where it
-is transparent, brought to 8-bit RGB and resized once, bicubic, to a multiple of 28 pixels per side. Pixels equal those
-of transformers' `Qwen2VLImageProcessorPil` exactly; the C core does the rest (normalisation, patches), and `patchify`
-is the reference that it is tested against.
+A picture comes from a path, a file's bytes, a PIL image or an array (see `sources`). It is turned upright (EXIF), laid
+on white where it is transparent, brought to 8-bit RGB and resized once, bicubic, to a multiple of 28 pixels per side.
+Pixels equal those of transformers' `Qwen2VLImageProcessorPil` exactly; the C core does the rest (normalisation,
+patches), and `patchify` is the reference that it is tested against.
 
 Letters: H, W a picture's rows and columns in pixels; P its patches, (H / patch) * (W / patch).
 Source: transformers `image_processing_pil_qwen2_vl.py`, `image_transforms.py`; `preprocessor_config.json` of Qwen2-VL.
@@ -13,16 +13,18 @@ import hashlib
 import io
 import math
 import os
+import threading
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .errors import ImageError
 from .files.config import Preprocessor
+from .kinds import foreign, guess, is_heic
+from .metadata import orientation, without_metadata
+from .sources import PictureSource, picture_name, read_source
 
 __all__ = [
     "Picture",
@@ -36,12 +38,19 @@ __all__ = [
     "smart_resize",
 ]
 
-PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray"
-
 MAX_SOURCE_PIXELS = 178_956_970  # the size at which Pillow itself refuses a file: 512 MiB of RGB
 MAX_ASPECT_RATIO = 200
 _INTERPRETED = frozenset({"EPS", "WMF"})  # Pillow hands these to an outside interpreter: programs, not pictures
-_READABLE = "PNG, JPEG, WebP, TIFF, BMP or GIF"
+# By EXIF orientation. Not ImageOps.exif_transpose: it writes the EXIF block anew, and fails where that is damaged.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -116,18 +125,10 @@ def load_picture(source: PictureSource, pre: Preprocessor, *, max_side: int | No
         scale = max_side / max(width, height)
         bounded = max(1, round(height * scale)), max(1, round(width * scale))
         rows, columns = _round_size(*bounded, pre.factor, pre.min_pixels, pre.max_pixels)
-    resized = image.resize((columns, rows), Image.Resampling.BICUBIC)
-    return Picture(np.array(resized), width, height, name)
-
-
-def read_source(source: PictureSource) -> PictureSource:
-    """Returns the bytes of a file for a path, anything else as it is. Raises ImageError, one line."""
-    if not isinstance(source, (str, os.PathLike)):
-        return source
     try:
-        return _read_file(Path(source))
-    except ImageError as e:
-        raise ImageError(f"{picture_name(source)}: {e}") from None
+        return Picture(np.array(image.resize((columns, rows), Image.Resampling.BICUBIC)), width, height, name)
+    except MemoryError:
+        raise ImageError(f"{name}: not enough memory to resize it; make the picture smaller first") from None
 
 
 def content_key(source: PictureSource, *settings: object) -> bytes:
@@ -146,13 +147,13 @@ def content_key(source: PictureSource, *settings: object) -> bytes:
         if source.mode not in ("RGB", "L") or "transparency" in source.info or size > MAX_SOURCE_PIXELS:
             return b""
         try:
-            if source.getexif().get(0x0112, 1) in range(2, 9):
+            if _stated_turn(source) in _TURNS:
                 return b""
             kind, content = (source.mode, source.size), memoryview(source.tobytes())
         except Exception:  # a damaged file behind it: whoever decodes it next says so
             return b""
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        kind, content = ("file",), memoryview(bytes(source))
+        kind, content = ("file",), memoryview(source if isinstance(source, bytes) else bytes(source))
     else:
         return b""
     digest = hashlib.sha256(repr((kind, settings)).encode())
@@ -163,77 +164,160 @@ def content_key(source: PictureSource, *settings: object) -> bytes:
 def open_picture(source: PictureSource, *, name: str = "") -> Image.Image:
     """Opens a picture as 8-bit RGB, upright.
 
-    source: path; bytes of an image file; PIL image (a multi-frame one at the frame it stands at, files at their
-        first); array u8, u16 (0..65535), bool or float (0..1), of shape [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4]
-        RGBA. OpenCV's arrays are BGR: reverse their last axis first.
+    source: path, data: or file: URL; bytes of an image file, or an open one; PIL image (a multi-frame one at the frame
+        it stands at, files at their first); array u8, u16 (0..65535), bool or float (0..1), of shape [H, W],
+        [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA. OpenCV's arrays are BGR: reverse their last axis first.
     Upright: the EXIF orientation is applied, to PIL images too. Transparency is laid on white. 16-bit pixels are
     scaled by 255/65535, not clipped. Wider modes (I, F) state no range: see `_narrow`. ICC profiles are ignored, as the
-    reference does, except that CIELAB is converted.
+    reference does, except that CIELAB is converted. A file whose metadata alone is damaged or oversized is opened
+    without it, still upright. HEIC needs pillow-heif, AVIF a Pillow that has it.
     Raises ImageError, one line, for whatever cannot be read: no such file, not a picture, damaged, or of more than
     178,956,970 pixels by its header, which is refused before anything is decoded.
     """
     name = name or picture_name(source)
+    content = read_source(source, name=name)
     try:
-        if isinstance(source, np.ndarray):
-            return _flatten(_from_array(source))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow remarks on size and damaged EXIF; both are settled here
-            image = source if isinstance(source, Image.Image) else _open_file(source)
-            _check_size(*image.size)
-            # Never Image.draft or Image.thumbnail: both let the JPEG decoder shrink by itself, with other pixels.
-            image.load()
-            _check_size(*image.size)  # a few formats learn their true size only here
-            return _upright(image)
-    except ImageError as e:
-        raise ImageError(f"{name}: {e}") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"{name}: too many pixels; make the picture smaller first") from None
-    except MemoryError:
-        raise ImageError(f"{name}: not enough memory to decode it; make the picture smaller first") from None
+        if isinstance(content, np.ndarray):
+            return _flatten(_from_array(content))
+        with _quiet:  # Pillow remarks on size and damaged EXIF; both are settled here
+            if isinstance(content, Image.Image):
+                return _from_image(content)
+            return _decode(content if isinstance(content, bytes) else bytes(content))  # type: ignore[arg-type]
     except Exception as e:  # Pillow's decoders raise whatever a damaged file makes them trip over
-        reason = " ".join(str(e).split())[:120] or type(e).__name__
-        raise ImageError(f"{name}: cannot be decoded ({reason}); save the picture again, or use another file") from None
+        raise ImageError(f"{name}: {_reason(e, content)}") from None
 
 
-def picture_name(source: object) -> str:
-    """What messages call a picture: its path, or what it is."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source) or "''"
-    if isinstance(source, Image.Image):
-        return str(getattr(source, "filename", "") or "PIL image")
-    return "array" if isinstance(source, np.ndarray) else type(source).__name__
+def _reason(error: Exception, content: PictureSource) -> str:
+    """Why a picture could not be opened, and what to do."""
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError) and isinstance(content, (bytes, bytearray, memoryview)):
+        return guess(bytes(content))
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels; make the picture smaller first"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it; make the picture smaller first"
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    if isinstance(content, Image.Image) and (_is_closed(content) or "closed" in reason):
+        return "its file was closed before its pixels were read; call load() on it before, or give its path"
+    if "truncated" in reason.lower():
+        return f"is cut off before its end ({reason}); copy or download it again"
+    return f"cannot be decoded ({reason}); save the picture again, or use another file"
 
 
-def _open_file(source: object) -> Image.Image:
-    """Reads a file's header; nothing is decoded yet."""
-    if isinstance(source, (str, os.PathLike)):
-        data = _read_file(Path(source))
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-    else:
-        raise ImageError("not a picture; give a path, the bytes of an image file, a PIL image or a numpy array")
+def _decode(data: bytes) -> Image.Image:
+    """A file's bytes to upright RGB; where only the metadata is unsound, without it."""
     if not data:
         raise ImageError("the file is empty (0 bytes); check how it was written")
+    if kind := foreign(data):
+        raise ImageError(kind)
     try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image file that can be read; convert it to {_READABLE}") from None
+        return _upright(_open_file(data))
+    except (ImageError, Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception:
+        bare = without_metadata(data)
+        if bare is not None and bare != data:
+            try:
+                return _upright(_open_file(bare))
+            except (ImageError, Image.DecompressionBombError, MemoryError):
+                raise
+            except Exception:  # more than the metadata: the first failure tells it better
+                pass
+        raise
+
+
+def _from_image(image: Image.Image) -> Image.Image:
+    """A PIL image to upright RGB; one that is not decoded yet may need its file read again, without the metadata."""
+    try:
+        return _upright(image)
+    except (ImageError, Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception:
+        file = getattr(image, "fp", None)
+        if file is None or image.tell() != 0:  # closed, or at another frame than a file's first
+            raise
+        file.seek(0)
+        return _decode(file.read())
+
+
+def _open_file(data: bytes) -> Image.Image:
+    """Reads a file's header; nothing is decoded yet, except where a decoder knows no other way."""
+    if is_heic(data):
+        return _open_heic(data)
+    image = Image.open(io.BytesIO(data))
     if image.format in _INTERPRETED:
-        raise ImageError(f"{image.format} files are not read; convert it to {_READABLE}")
+        raise ImageError(f"{image.format} files are not read; convert it to PNG, JPEG, WebP, TIFF, BMP or GIF")
     return image
 
 
-def _read_file(path: Path) -> bytes:
+def _open_heic(data: bytes) -> Image.Image:
     try:
-        # The file is read whole: a decoder working on a mapped file would crash if another program shortened it.
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ImageError("no such file; check the path") from None
-    except IsADirectoryError:
-        raise ImageError("is a folder; name the picture in it") from None
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise ImageError(f"cannot be read ({reason}); check the path and its permissions") from None
+        import pillow_heif
+    except ImportError:
+        raise ImageError(
+            "a HEIC picture, as phones take them; pip install pillow-heif to read it, or convert it to JPEG: "
+            "heif-convert FILE picture.jpg"
+        ) from None
+    file = pillow_heif.open_heif(io.BytesIO(data))
+    _check_size(*file.size)
+    image = file.to_pillow()
+    image.info = {}  # the file's own rotation is applied; its EXIF repeats it and must not be applied again
+    return image
+
+
+def _load(image: Image.Image) -> None:
+    """Decodes an image that is already opened.
+
+    Never Image.draft or Image.thumbnail: both let the JPEG decoder shrink by itself, with other pixels.
+    """
+    _check_size(*image.size)
+    image.load()
+    _check_size(*image.size)  # a few formats learn their true size only here
+
+
+def _is_closed(image: Image.Image) -> bool:
+    """Whether an opened image has lost its file before its pixels were read."""
+    file = getattr(image, "fp", None)
+    return bool(getattr(image, "tile", None)) and (file is None or getattr(file, "closed", False))
+
+
+class _Quiet:
+    """Silences warnings while any thread is inside.
+
+    `warnings.catch_warnings` alone keeps no count: of two threads, the one that leaves last would put back the other's
+    silence, for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._context = warnings.catch_warnings()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        """Other threads do not live on in a child, so nobody is inside there."""
+        self._lock = threading.Lock()
+        if self._inside:
+            self._inside = 0
+            self._context.__exit__(None, None, None)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._context = warnings.catch_warnings()
+                self._context.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._context.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 def _check_size(width: int, height: int) -> None:
@@ -246,13 +330,23 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decoded image of any mode to upright RGB."""
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
-        orientation = 1
+    """Image of any mode to upright RGB."""
+    _load(image)
+    turn = _TURNS.get(_stated_turn(image))
     rgb = _flatten(image)
-    return ImageOps.exif_transpose(rgb) if orientation in range(2, 9) else rgb
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _stated_turn(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 where it does not say."""
+    try:
+        stated = image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        stated = None
+    block = image.info.get("exif")
+    if stated is None and isinstance(block, bytes):  # damaged, it may still say how they stand
+        stated = orientation([block])
+    return stated if isinstance(stated, int) else 1
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -309,7 +403,7 @@ def _from_lab(image: Image.Image) -> Image.Image:
         image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
     if rgb is None:
-        raise ImageError(f"CIELAB could not be converted; convert it to {_READABLE}")
+        raise ImageError("CIELAB could not be converted; convert it to RGB first")
     return rgb
 
 
@@ -320,6 +414,8 @@ def _from_array(values: np.ndarray) -> Image.Image:
         raise ImageError(f"the array has shape {shape}: nothing to see; give at least one pixel")
     if values.ndim == 3 and values.shape[2] > 4 and values.shape[0] in (1, 3, 4):
         raise ImageError(f"the array has shape {shape}, channels first; pass array.transpose(1, 2, 0)")
+    if values.ndim == 4:
+        raise ImageError(f"the array has shape {shape}: several pictures; give list(array), or reshape it to [H, W, 3]")
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
         raise ImageError(f"the array has shape {shape}; expected [H, W], [H, W, 3] RGB or [H, W, 4] RGBA, reshape it")
     _check_size(values.shape[1], values.shape[0])
@@ -333,11 +429,13 @@ def _to_u8(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * 255
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
         return _scale16(values)
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # a NaN fails this too; resampling overshoots a little
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ImageError("a float array must lie in 0..1, this one holds NaN or infinity; replace them first")
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # resampling overshoots a little
             raise ImageError(f"a float array must lie in 0..1, this one in {low:.4g}..{high:.4g}; scale it first")
         return np.rint(np.clip(values.astype(np.float32), 0, 1) * 255).astype(np.uint8)
     raise ImageError(f"the array holds {values.dtype}; convert it to uint8, uint16 or float in 0..1")

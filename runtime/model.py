@@ -7,7 +7,7 @@ with load("nano") as model:
 
 import os
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -20,14 +20,14 @@ from .backends.base import Engine, Options
 from .cache import CACHE_BYTES, Kept, PictureCache
 from .decode import Turn, decode
 from .drafts import Speculator
-from .errors import ContextFullError, MigicianError, ModelFileError, UnsupportedError
+from .errors import ContextFullError, ImageError, MigicianError, ModelFileError, UnsupportedError
 from .fair_lock import FairLock
 from .files.checkpoint import Checkpoint
 from .files.config import ModelConfig, Preprocessor
 from .files.describe import describe
 from .files.open import open_checkpoint
-from .image import PictureSource
 from .prompt import Vocabulary, build_prompt
+from .sources import FileBytes, PictureSource, as_list
 
 __all__ = ["Chat", "Model", "load"]
 
@@ -104,7 +104,7 @@ class Model:
 
     def ground(
         self,
-        images: Sequence[PictureSource],
+        images: Iterable[PictureSource] | PictureSource,
         prompt: str,
         *,
         max_new_tokens: int = 512,
@@ -113,7 +113,8 @@ class Model:
     ) -> Answer:
         """Answers one question about the pictures, greedily.
 
-        images: paths, bytes, PIL images or arrays u8[H, W, 3]; may be empty for a question without pictures.
+        images: paths, data: or file: URLs, bytes, PIL images or arrays u8[H, W, 3], or one such; may be empty for a
+            question without pictures.
         repetition_penalty: None takes the checkpoint's own.
         Raises ImageError, ContextFullError, MigicianError for an empty prompt.
         """
@@ -122,7 +123,7 @@ class Model:
 
     def stream(
         self,
-        images: Sequence[PictureSource],
+        images: Iterable[PictureSource] | PictureSource,
         prompt: str,
         *,
         max_new_tokens: int = 512,
@@ -137,7 +138,7 @@ class Model:
 
     def _steps(
         self,
-        images: Sequence[PictureSource],
+        images: Iterable[PictureSource] | PictureSource,
         prompt: str,
         max_new_tokens: int,
         max_side: int | None,
@@ -148,12 +149,12 @@ class Model:
         clock.lap("preprocess_ms")
         return (yield from self._ask(prompt, pictures, (), max_new_tokens, repetition_penalty, clock))
 
-    def chat(self, images: Sequence[PictureSource], *, max_side: int | None = None) -> "Chat":
+    def chat(self, images: Iterable[PictureSource] | PictureSource, *, max_side: int | None = None) -> "Chat":
         """Opens a conversation about the pictures; they are read and encoded once."""
         with self._line:
             return Chat(self, self._read(images, max_side))
 
-    def logprobs(self, images: Sequence[PictureSource], prompt: str, answer_text: str) -> np.ndarray:
+    def logprobs(self, images: Iterable[PictureSource] | PictureSource, prompt: str, answer_text: str) -> np.ndarray:
         """Scores a given answer: f32[T], the natural log-probability of each of its tokens, teacher-forced."""
         with self._line:
             pictures = self._read(images, None)
@@ -178,10 +179,16 @@ class Model:
             raise MigicianError("the model is closed; load it again")
         return self._engine
 
-    def _read(self, images: Sequence[PictureSource], max_side: int | None) -> list[Kept]:
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise MigicianError("images must be a list of pictures; put the one picture in a list")
-        return [self._cache.read(image, self.preprocessor, max_side) for image in images]
+    def _read(self, images: Iterable[PictureSource] | PictureSource, max_side: int | None) -> list[Kept]:
+        kept = []
+        for i, image in enumerate(as_list(images)):
+            try:
+                kept.append(self._cache.read(image, self.preprocessor, max_side))
+            except ImageError as error:
+                if isinstance(image, (str, os.PathLike, FileBytes)):  # a name says which one it is
+                    raise
+                raise ImageError(f"images[{i}]: {error}") from None
+        return kept
 
     def _prompt(
         self,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MigicianError, ModelFileError
+from .files.chat_template import SYSTEM_TURN
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,7 +39,6 @@ USER_TAGS = (
     "<|quad_start|>",
     "<|quad_end|>",
 )
-_SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -238,7 +238,7 @@ def build_prompt(
         opening, pad, closing = (vocab.id(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end"))
         for count in visual_tokens:
             pictures += [opening, *([pad] * count), closing]
-    ids = vocab.encode(_SYSTEM_TURN)
+    ids = vocab.encode(SYSTEM_TURN)
     for turn, (question, answer) in enumerate([*history, (prompt, None)]):
         ids += user
         if turn == 0 and pictures:

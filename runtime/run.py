@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .answer import Answer
-    from .image import PictureSource
     from .model import Model
+    from .sources import PictureSource
 
 __all__ = ["command", "main"]
 
@@ -105,7 +104,8 @@ _COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
 def command(words: tuple[str, ...], **options: Any) -> None:
     """Asks PROMPT about the pictures and prints the answer; boxes are in pixels of the pictures as given.
 
-    PROMPT is the last argument; - reads it from standard input. Without pictures it is a question in words alone.
+    PROMPT is the last argument; - in place of it, or of one picture, reads that from standard input. Pictures may be
+    data: or file: URLs. Without pictures it is a question in words alone.
 
     \b
     migician-run a.jpg b.jpg "Where is the cup of the first image in the second one?" --draw boxes.png
@@ -119,6 +119,8 @@ def command(words: tuple[str, ...], **options: Any) -> None:
     low, high = options["min_pixels"], options["max_pixels"]
     if low is not None and high is not None and low > high:
         raise click.UsageError(f"--min-pixels {low} is more than --max-pixels {high}.")
+    if words.count("-") > 1:
+        raise click.UsageError("- stands for standard input, which can be read once: for one picture or the question.")
     if prompt == "-":
         prompt = read_stdin()
     _run(Request(images=tuple(images), prompt=prompt, **options))
@@ -145,9 +147,12 @@ def _names_a_picture(word: str) -> bool:
 def _run(request: Request) -> None:
     """Loads, asks, prints, draws."""
     from .model import load
+    from .sources import read_source, read_stdin
 
     if request.draw is not None and not request.draw.resolve().parent.is_dir():
         raise MigicianError(f"--draw {request.draw}: there is no folder {request.draw.resolve().parent}; create it")
+    # Read once, here: a pipe gives its picture to the model and has none left for the sheet.
+    pictures = [read_stdin() if image == "-" else read_source(image) for image in request.images]
     with load(
         request.model,
         threads=request.threads,
@@ -161,8 +166,8 @@ def _run(request: Request) -> None:
             from .files.describe import describe_line
 
             click.echo(describe_line(model.describe()), err=True)
-        opened = _open_for_sheet(request.images) if request.draw is not None else ()
-        answer = _ask(model, request, opened or request.images)
+        opened = _open_for_sheet(pictures) if request.draw is not None else []
+        answer = _ask(model, request, opened or pictures)
         if request.as_json:
             click.echo(_to_json(_as_dict(answer, model, request.logprobs)))
         else:
@@ -172,14 +177,15 @@ def _run(request: Request) -> None:
         click.echo(f"wrote {request.draw}", err=True)
 
 
-def _open_for_sheet(images: Sequence[str]) -> "list[Image.Image]":
+def _open_for_sheet(pictures: "Sequence[PictureSource]") -> "list[Image.Image]":
     """Decodes the pictures in full, once for the model and the sheet."""
     from .image import open_picture
+    from .sources import picture_name
 
     opened = []
-    for path in images:
-        picture = open_picture(path)
-        picture.filename = path  # type: ignore[attr-defined]  # what messages call it
+    for source in pictures:
+        picture = open_picture(source)
+        picture.filename = picture_name(source)  # type: ignore[attr-defined]  # what messages call it
         opened.append(picture)
     return opened
 
@@ -190,10 +196,10 @@ def _to_json(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=not unicode, allow_nan=False)
 
 
-def _ask(model: "Model", request: Request, images: "Sequence[PictureSource]") -> "Answer":
+def _ask(model: "Model", request: Request, pictures: "Sequence[PictureSource]") -> "Answer":
     """Takes the answer step by step; with --stream the text goes out as it comes (to stderr beside --json)."""
     steps = model.stream(
-        images,
+        pictures,
         request.prompt,
         max_new_tokens=request.max_new_tokens,
         max_side=request.max_side,
@@ -259,39 +265,29 @@ def _print_text(answer: "Answer", request: Request) -> None:
 
 def _table(answer: "Answer", images: Sequence[str]) -> str:
     """One line per box: picture, label, pixels, score."""
+    from .sources import file_name
+
     rows = [("picture", "file", "label", "x1 y1 x2 y2", "score")]
     for box in answer.boxes:
         corners = " ".join(f"{value:.0f}" for value in box.xyxy)
         label = " ".join(box.label.split())
         label = label if len(label) <= 32 else label[:31] + "…"
-        rows.append((str(box.image), os.path.basename(images[box.image]), label, corners, f"{box.score:.2f}"))
+        rows.append((str(box.image), file_name(images[box.image]), label, corners, f"{box.score:.2f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _draw(path: Path, pictures: "Sequence[Image.Image]", title: str, answer: "Answer") -> None:
-    """Writes the contact sheet under a temporary name and renames it, so that a sheet is whole or absent."""
-    import tempfile
-
+    """Writes the contact sheet, whole or not at all."""
     from .draw import contact_sheet
+    from .files.write import whole_file
+    from .fonts import advice, undrawable
 
     sheet = contact_sheet(pictures, answer.boxes, title=title)
-    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            sheet.save(file, format=_SHEET_FORMATS[path.suffix.lower()])
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    if lost := undrawable(" ".join([title, *(box.label for box in answer.boxes)])):
+        click.echo(f"--draw: {advice(lost)}", err=True)
+    with whole_file(path) as file:
+        sheet.save(file, format=_SHEET_FORMATS[path.suffix.lower()])
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

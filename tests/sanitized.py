@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FLAGS = (
-    "-O1", "-g1", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-pthread", "-fvisibility=hidden",
-    "-fno-omit-frame-pointer",
+    "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined,float-cast-overflow",
 )  # fmt: skip
 
@@ -39,27 +38,28 @@ def build(root: Path, folder: Path) -> Path:
     for path in (root / "runtime").iterdir():
         if path.suffix == ".py" or (path / "__init__.py").exists():
             (package / path.name).symlink_to(path)
-    wrapper = folder / "_migi.c"
-    _ffi_builder(root).emit_c_code(str(wrapper))
+    wrapper, builder = folder / "_migi.c", _builder(root)
+    builder.ffibuilder.emit_c_code(str(wrapper))
+    flags = [*builder.flags(), *_FLAGS]
     include = [f"-I{root / 'runtime' / 'csrc'}", f"-I{sysconfig.get_paths()['include']}"]
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        _run(["gcc", *_FLAGS, *include, "-c", str(source), "-o", str(target)])
+        _run(["gcc", *flags, *include, "-c", str(source), "-o", str(target)])
         return target
 
     sources = [wrapper, *sorted((root / "runtime" / "csrc").rglob("*.c"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
-    _run(["gcc", *_FLAGS, "-shared", *map(str, objects), "-lm", "-o", str(package / "_migi.abi3.so")])
+    _run(["gcc", *flags, "-shared", *map(str, objects), "-lm", "-o", str(package / "_migi.abi3.so")])
     return folder
 
 
-def _ffi_builder(root: Path):
+def _builder(root: Path):
     spec = importlib.util.spec_from_file_location("build_migi", root / "runtime" / "build_migi.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ffibuilder
+    return module
 
 
 def _run(command: list[str]) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 FOLDERS = ("runtime", "calib", "export", "bench", "train")
 RUNTIME_MAY_INSTALL = {"numpy", "PIL", "tokenizers", "safetensors", "click", "cffi"}
-OF_AN_EXTRA = {"runtime/backends/torch.py": {"torch", "transformers"}}
+OF_AN_EXTRA = {  # imported where they are needed, if they are installed
+    "runtime/backends/torch.py": {"torch", "transformers"},
+    "runtime/image.py": {"pillow_heif"},
+}
 
 
 def drawn(root: Path) -> dict[str, set[str]]:

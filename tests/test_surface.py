@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -82,10 +83,33 @@ def test_every_command_explains_itself(name: str) -> None:
     assert done.stdout.startswith(("Usage:", "usage:"))
 
 
-def test_the_core_exports_what_its_header_declares(root: Path) -> None:
+HEADERS = ("migi.h", "migi_measure.h")
+
+
+def declared_calls(root: Path, name: str) -> set[str]:
+    """The functions that a public header of the core declares."""
+    header = (root / "runtime" / "csrc" / name).read_text("utf-8")
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
+    return set(re.findall(r"MIGI_API [^;(]*?\b(migi_\w+)\(", header))
+
+
+def test_the_core_exports_what_its_headers_declare(root: Path) -> None:
     from migician.runtime import _migi
 
+    answering, measuring = (declared_calls(root, name) for name in HEADERS)
+    assert answering and measuring and not answering & measuring
+    declared = answering | measuring
+    assert {name for name in dir(_migi.lib) if name.startswith("migi_")} == declared | {"migi_poll_signals"}
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to list the symbols with: install binutils")
+    words = ["nm", "-D", "--defined-only", "--format=posix", _migi.__file__]
+    symbols = {line.split()[0] for line in subprocess.check_output(words, text=True).splitlines()}
+    assert {name for name in symbols if "migi" in name} == declared | {"PyInit__migi"}
+
+
+def test_the_core_has_the_version_of_the_package(root: Path) -> None:
+    from migician.runtime._migi import ffi, lib
+
     header = (root / "runtime" / "csrc" / "migi.h").read_text("utf-8")
-    declared = set(re.findall(r"MIGI_API [^;(]*?\b(migi_\w+)\(", header))
-    assert declared
-    assert declared <= set(dir(_migi.lib))
+    assert f'#define MIGI_VERSION "{migician.__version__}"' in header
+    assert ffi.string(lib.migi_version()).decode() == migician.__version__

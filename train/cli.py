@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..runtime.command import version_option
+from ..runtime.errors import MigicianError
 
 __all__ = ["main"]
 
@@ -34,7 +35,11 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
         trainer = Trainer(settings)
     except (ValueError, OSError, TypeError) as error:
         raise click.UsageError(str(error)) from None
-    if not _watch(trainer):
+    try:
+        ended = _watch(trainer)
+    except MigicianError as error:  # the disk is full, say
+        raise click.ClickException(str(error)) from None
+    if not ended:
         click.echo(f"stopped and saved; the same command goes on from {trainer.folder}/last.pt", err=True)
         sys.exit(1)
     click.echo(str(trainer.folder / f"{settings.stages[-1].name}.safetensors"))

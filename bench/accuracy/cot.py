@@ -13,9 +13,10 @@ from types import MappingProxyType
 from typing import Literal
 
 from ...runtime.errors import MigicianError
+from ..engines import Engine
 from .data import Question, picture_index
 from .families import Family, find, render, scored
-from .runner import Answerer, Reply
+from .runner import Reply
 
 __all__ = ["STEPS", "Step", "ask", "first_text", "second_text", "target_picture"]
 
@@ -104,24 +105,24 @@ STEPS: Mapping[str, Step] = MappingProxyType({
 # fmt: on
 
 
-def ask(question: Question, answerer: Answerer, *, upstream_compat: bool = False) -> Reply:
+def ask(question: Question, engine: Engine, *, upstream_compat: bool = False) -> Reply:
     """Puts a question in two steps: an Ask of the runner. The reply keeps both of them and the picture of the second.
 
     upstream_compat: with the mistakes of the released script, which differ by family, see _Released.
     Raises MigicianError for a task without steps, or a question that should name a picture and does not.
     """
-    family = find(answerer.family)
+    family = find(engine.family)
     released = _Released(family, question) if upstream_compat else None
     text = released.first() if released else first_text(question)
     images = question.images[:1] if family.first_only else question.images
-    first = answerer.answer(images, render(family, text, len(images)), family.new_tokens)
+    first = engine.answer(images, render(family, text, len(images)), family.new_tokens).text
     words = first.strip().strip(".")
     at = target_picture(question, words)
     second = second_text(question, words) + (released.formats if released else _thought(family))
-    raw = answerer.answer(question.images[at : at + 1], render(family, second, 1), family.new_tokens)
+    raw = engine.answer(question.images[at : at + 1], render(family, second, 1), family.new_tokens).text
     # "x1" and "-1" as a model may echo them from the format would keep the parser from its numbers.
     response = raw if released and released.keeps_echoes else raw.replace("-", "").replace("x", "")
-    reply = scored(family, answerer, question.images[at : at + 1], 0, response)
+    reply = scored(family, engine, question.images[at : at + 1], 0, response)
     steps = [{"question": text, "response": first}, {"question": second, "response": raw}]
     return Reply(reply.response, {**reply.extra, "steps": steps, "picture": at})
 

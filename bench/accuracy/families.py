@@ -15,9 +15,10 @@ from typing import Literal
 
 from ...runtime.errors import MigicianError
 from ...runtime.image import open_picture, smart_resize
+from ..engines import Engine
 from .data import Question
 from .protocol import FORMAT, MAX_NEW_TOKENS, Y_SCALE
-from .runner import Answerer, Reply
+from .runner import Reply
 
 __all__ = ["FAMILIES", "Family", "ask", "detect", "find", "on_grid", "render", "resized", "scored"]
 
@@ -165,17 +166,17 @@ def render(family: Family, question: str, pictures: int, *, ending: str = "") ->
     return text
 
 
-def ask(question: Question, answerer: Answerer) -> Reply:
-    """Puts a question of MIG-Bench in the form of the answerer's family: an Ask of the runner."""
-    family = find(answerer.family)
+def ask(question: Question, engine: Engine) -> Reply:
+    """Puts a question of MIG-Bench in the form of the engine's family: an Ask of the runner."""
+    family = find(engine.family)
     images = question.images[:1] if family.first_only else question.images
     ending = family.format + dict(family.task_formats).get(question.task, "")
     text = render(family, question.question, len(images), ending=ending)
-    response = answerer.answer(images, text, family.new_tokens)
-    return scored(family, answerer, images, question.target, response)
+    response = engine.answer(images, text, family.new_tokens).text
+    return scored(family, engine, images, question.target, response)
 
 
-def scored(family: Family, answerer: Answerer, images: Sequence[Path], target: int | None, response: str) -> Reply:
+def scored(family: Family, engine: Engine, images: Sequence[Path], target: int | None, response: str) -> Reply:
     """Makes a response ready for the published parser: pixels become fractions of the picture they were seen in.
 
     target: the picture the box lies in; the last one where that is not known.
@@ -183,7 +184,7 @@ def scored(family: Family, answerer: Answerer, images: Sequence[Path], target: i
     if not family.pixels:
         return Reply(response)
     image = images[-1 if target is None or target >= len(images) else target]
-    measure = getattr(answerer, "seen", None)  # answerers of this package know what they do to a picture
+    measure = getattr(engine, "seen", None)  # engines of this package know what they do to a picture
     width, height = measure(image) if measure else resized(*open_picture(image).size)
     return Reply(on_grid(response, width, height), {"pixels": response, "seen": [width, height]})
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from ...runtime.errors import MigicianError
 from ...runtime.image import open_picture
+from ..engines import Engine
 from .families import PICTURE, Family, find, render
-from .runner import Answerer
 
 __all__ = ["TASKS", "Choice", "evaluate", "prompt", "read"]
 
@@ -93,7 +93,7 @@ def prompt(family: Family, choice: Choice) -> str:
 
 
 def evaluate(
-    answerer: Answerer,
+    engine: Engine,
     path: Path | str,
     images_root: Path | str | None = None,
     *,
@@ -104,23 +104,23 @@ def evaluate(
 
     Returns {"benchmark", "model", "family", "upstream_compat", "questions", "tasks": {name: {"questions", "correct",
     "accuracy"}}, "average"}, accuracies in percent.   progress: called after every answer.
-    Raises MigicianError from reading, and what the answerer raises.
+    Raises MigicianError from reading, and what the engine raises.
     """
-    family = find(answerer.family)
+    family = find(engine.family)
     choices = read(path, images_root)
     if upstream_compat and (unknown := {c.task for c in choices} - set(TASKS)):
         raise MigicianError(f"{path}: the published script has no task {min(unknown)}; leave the compatible mode off")
     right: dict[str, list[bool]] = {}
     for done, choice in enumerate(choices, 1):
         with fitted(choice.images, family.mibench_side) as images:
-            response = answerer.answer(images, prompt(family, choice), family.mibench_tokens)
+            response = engine.answer(images, prompt(family, choice), family.mibench_tokens).text
         whole = upstream_compat and family.listed
         right.setdefault(choice.task, []).append(is_right(choice.answer, response, whole=whole))
         if progress:
             progress(done, len(choices))
     names = TASKS if upstream_compat else tuple(right)
     counts = {name: (_PER_TASK if upstream_compat else len(right[name]), sum(right.get(name, []))) for name in names}
-    return summary("mibench", answerer, counts, upstream_compat)
+    return summary("mibench", engine, counts, upstream_compat)
 
 
 # ---- what MMIU shares
@@ -138,7 +138,7 @@ def is_right(answer: str, response: str, *, whole: bool = False) -> bool:
 
 
 def summary(
-    benchmark: str, answerer: Answerer, counts: Mapping[str, tuple[int, int]], upstream_compat: bool
+    benchmark: str, engine: Engine, counts: Mapping[str, tuple[int, int]], upstream_compat: bool
 ) -> dict[str, Any]:
     """Puts a result together. counts: {task: (questions, correct)}; the average gives every task the same weight."""
     tasks = {
@@ -147,8 +147,8 @@ def summary(
     }
     return {
         "benchmark": benchmark,
-        "model": answerer.name,
-        "family": answerer.family,
+        "model": engine.name,
+        "family": engine.family,
         "upstream_compat": upstream_compat,
         "questions": sum(n for n, _ in counts.values()),
         "tasks": tasks,

@@ -11,6 +11,7 @@ arXiv:2408.02718, an array of {"task", "input_image_path": [paths], "question", 
 from pathlib import Path
 from typing import Any
 
+from ..engines import Engine
 from .families import Family, find, render
 from .mibench import (
     Choice,
@@ -25,7 +26,6 @@ from .mibench import (
     text,
     texts,
 )
-from .runner import Answerer
 
 __all__ = ["evaluate", "prompt", "read"]
 
@@ -58,7 +58,7 @@ def prompt(family: Family, choice: Choice) -> str:
 
 
 def evaluate(
-    answerer: Answerer,
+    engine: Engine,
     path: Path | str,
     images_root: Path | str | None = None,
     *,
@@ -66,17 +66,17 @@ def evaluate(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Asks and scores all questions; what it takes, returns and raises is mibench.evaluate's."""
-    family = find(answerer.family)
+    family = find(engine.family)
     choices = read(path, images_root)
     counts: dict[str, tuple[int, int]] = {}
     each = 2 if upstream_compat and family.doubled else 1
     for done, choice in enumerate(choices, 1):
         with fitted(choice.images, LONGEST_SIDE) as images:
-            response = answerer.answer(images, prompt(family, choice), family.new_tokens)
+            response = engine.answer(images, prompt(family, choice), family.new_tokens).text
         asked, right = counts.get(choice.task, (0, 0))
         counts[choice.task] = asked + each, right + is_right(choice.answer, response)
         if progress:
             progress(done, len(choices))
     if upstream_compat:
         counts = {name: (n, right) for name, (n, right) in counts.items() if right}
-    return summary("mmiu", answerer, counts, upstream_compat)
+    return summary("mmiu", engine, counts, upstream_compat)

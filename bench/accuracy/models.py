@@ -20,20 +20,25 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
 
+from ... import __version__
+from ...runtime.answer import Answer
+from ...runtime.backends import check_backend
 from ...runtime.errors import MigicianError, ModelFileError, UnsupportedError
 from ...runtime.files.config import Preprocessor
 from ...runtime.files.open import find_in_cache
 from ...runtime.image import load_picture, open_picture
 from ...runtime.model import load
+from ..engines import PHASES, Answered, Engine, Picture, Times, any_length_only
 from .families import FAMILIES, PICTURE, Family, detect, find, resized
 from .protocol import strip_tags
-from .runner import Answerer
 
 __all__ = ["Endpoint", "Ours", "Transformers", "open_answerer"]
 
@@ -47,7 +52,8 @@ def open_answerer(
     max_side: int | None = None,
     threads: int = 0,
     precision: str = "auto",
-) -> Answerer:
+    backend: str = "auto",
+) -> Engine:
     """Opens a model by what its name says.
 
     model: what migician-run takes (a .mig file, a checkpoint folder, a hub id in the local cache, "nano"); the same of
@@ -56,21 +62,29 @@ def open_answerer(
     family: one of FAMILIES; None reads it from the model's name or configuration.
     max_side: of pictures, in pixels.   threads: 0 is the engine's choice.
     precision: "auto", or "fp32": no rounding of activations here, float32 weights and sums in transformers.
+    backend: one of this runtime's, or "auto": the native one, or transformers by what the name says.
     Raises MigicianError, one line, for whatever is not there or does not fit.
     """
     if precision not in ("auto", "fp32"):
         raise UnsupportedError(f"precision {precision!r} is unknown; choose auto or fp32")
+    if backend != "auto":
+        check_backend(backend)
     chosen = None if family is None else find(family)
     if max_side is not None and max_side < 1:
         raise MigicianError(f"max_side is {max_side}: give a number of pixels from 1 up")
     if re.match(r"https?://", model, re.IGNORECASE):
         if threads or precision != "auto":
             raise UnsupportedError(f"{model}: a server's threads and precision are set where it runs; leave them out")
+        if backend != "auto":
+            raise UnsupportedError(f"{model}: a server, backend {backend} computes here; leave one of them out")
         return Endpoint(model, chosen, max_side=max_side)
     name = model.removeprefix("transformers:")
+    if backend != "auto" and name != model:
+        raise UnsupportedError(f"{model}: asks for transformers, and backend {backend} besides; leave one of them out")
     kind = _model_type(name)
-    if name == model and kind in (None, "qwen2_vl"):
-        return Ours(model, chosen, max_side=max_side, threads=threads, precision=precision)
+    if backend != "auto" or (name == model and kind in (None, "qwen2_vl")):
+        own = "native" if backend == "auto" else backend
+        return Ours(model, chosen, max_side=max_side, threads=threads, precision=precision, backend=own)
     return Transformers(name, kind, chosen, max_side=max_side, threads=threads, precision=precision)
 
 
@@ -131,9 +145,10 @@ class Ours:
         max_side: int | None = None,
         threads: int = 0,
         precision: str = "auto",
+        backend: str = "native",
     ) -> None:
-        self._model = load(model, threads=threads, precision=precision)
-        self.name = self._model.name
+        self._model = load(model, threads=threads, precision=precision, backend=backend)
+        self.name, self.versions = self._model.name, {"migician": __version__, "backend": backend}
         # Only a Qwen2-VL that calls itself Migician was finetuned the way that the published y-scaling makes up for.
         found = family or detect(model) or detect(self.name) or FAMILIES["qwen2_vl"]
         if found.inline:
@@ -144,14 +159,31 @@ class Ours:
         self.family = found.name
         self._max_side = _smaller(max_side, found.longest_side)
 
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Sequence[Picture], text: str, max_new_tokens: int, *, exact: bool = False) -> Answered:
         """Answers one turn; special tokens are left out, as the published evaluation decodes."""
+        any_length_only(self.name, exact)
         answer = self._model.ground(images, text, max_new_tokens=max_new_tokens, max_side=self._max_side)
-        return self._model._vocabulary.decode((token.id for token in answer.tokens), skip_special=True)
+        written = self._model._vocabulary.decode((token.id for token in answer.tokens), skip_special=True)
+        return Answered(written, times_of(answer))
 
     def close(self) -> None:
         """Frees the model."""
         self._model.close()
+
+
+def times_of(answer: Answer) -> Times:
+    """What this runtime says of an answer's time."""
+    stats = answer.stats
+    return Times(
+        prompt_tokens=answer.prompt_tokens,
+        new_tokens=len(answer.tokens),
+        total_ms=sum(stats[f"{phase}_ms"] for phase in PHASES),
+        preprocess_ms=stats["preprocess_ms"],
+        vision_ms=stats["vision_ms"],
+        prefill_ms=stats["prefill_ms"],
+        decode_ms=stats["decode_ms"],
+        peak_rss_mb=stats["peak_rss_mb"],
+    )
 
 
 # ---- transformers
@@ -195,12 +227,15 @@ class Transformers:
         generation = self._model.generation_config  # greedy: settings of sampling would only be warned about
         generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
         self.family = self._family.name
+        self.versions = {name: version(name) for name in ("transformers", "torch")}
         self._longest_side = _smaller(max_side, self._family.longest_side)
         self._resize = _qwen_resize(self._processor.image_processor)
 
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Sequence[Picture], text: str, max_new_tokens: int, *, exact: bool = False) -> Answered:
         """Answers one turn. Raises MigicianError for what transformers refuses."""
         import torch
+
+        any_length_only(self.name, exact)
 
         pictures = [self._picture(image) for image in images]
         with _Reported(MigicianError, f"{self.name}: cannot answer in transformers"), torch.inference_mode():
@@ -218,7 +253,8 @@ class Transformers:
             inputs = inputs.to(self._model.device, self._model.dtype)  # the type is that of floating inputs
             ids = self._model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=self._family.beams)
         new = ids[0, inputs["input_ids"].shape[1] :]
-        return self._processor.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer = self._processor.tokenizer
+        return Answered(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _content(self, pictures: int, text: str) -> list[dict[str, str]]:
         """The turn's entries. Pictures inside the text are written as the model's own token: templates put image
@@ -229,13 +265,13 @@ class Transformers:
             return [{"type": "text", "text": "".join(token if part is None else part for part in cut)}]
         return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in cut]
 
-    def _picture(self, path: Path) -> Image.Image:
+    def _picture(self, picture: Picture) -> Image.Image:
         """A picture as the processor gets it; for the Qwen2-VL kind resized as in this runtime, once and for all."""
         if self._resize is None:
-            return shrunk(open_picture(path), self._longest_side)
-        return Image.fromarray(load_picture(path, self._resize, max_side=self._longest_side).rgb)
+            return shrunk(open_picture(picture), self._longest_side)
+        return Image.fromarray(load_picture(picture, self._resize, max_side=self._longest_side).rgb)
 
-    def seen(self, image: Path) -> tuple[int, int]:
+    def seen(self, image: Picture) -> tuple[int, int]:
         """(width, height) at which the model sees a picture."""
         return self._picture(image).size
 
@@ -333,6 +369,7 @@ class Endpoint:
     """
 
     TRIES = 5
+    versions: Mapping[str, str] = MappingProxyType({})  # the server's own affair
 
     def __init__(
         self,
@@ -357,8 +394,9 @@ class Endpoint:
         self._family, self.family = found, found.name
         self._longest_side = _smaller(max_side, found.longest_side)
 
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Sequence[Picture], text: str, max_new_tokens: int, *, exact: bool = False) -> Answered:
         """Answers one turn. Raises MigicianError when the server does not, after five tries where it may yet."""
+        any_length_only(self.name, exact)
         urls = iter([_data_url(image, self._longest_side) for image in images])
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": next(urls)}} if part is None else {"type": "text", "text": part}
@@ -371,12 +409,12 @@ class Endpoint:
             "max_tokens": max_new_tokens,
             "stream": False,
         }
-        return self._text(self._call("/chat/completions", body))
+        return Answered(self._text(self._call("/chat/completions", body)))
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def seen(self, image: Path) -> tuple[int, int]:
+    def seen(self, image: Picture) -> tuple[int, int]:
         """(width, height) at which the model sees a picture, taking the server to resize as Qwen2.5-VL's processor."""
         width, height = shrunk(open_picture(image), self._longest_side).size
         return resized(width, height)
@@ -497,13 +535,14 @@ def _retry_after(header: str | None, otherwise: float) -> float:
 _AS_IT_IS = {"PNG": "image/png", "JPEG": "image/jpeg"}  # every server reads these
 
 
-def _data_url(path: Path, longest_side: int | None) -> str:
+def _data_url(picture: Picture, longest_side: int | None) -> str:
     """A picture as a data: URL: the file's own bytes where nothing has to change, else PNG."""
-    image = open_picture(path)
-    raw = path.read_bytes()
-    with Image.open(io.BytesIO(raw)) as file:
-        plain = file.mode == "RGB" and "transparency" not in file.info and file.getexif().get(0x0112, 1) == 1
-        kind = _AS_IT_IS.get(file.format or "") if plain else None
+    image, raw, kind = open_picture(picture), b"", None
+    if isinstance(picture, Path):
+        raw = picture.read_bytes()
+        with Image.open(io.BytesIO(raw)) as file:
+            plain = file.mode == "RGB" and "transparency" not in file.info and file.getexif().get(0x0112, 1) == 1
+            kind = _AS_IT_IS.get(file.format or "") if plain else None
     small = shrunk(image, longest_side)
     if kind is None or small is not image:
         stream = io.BytesIO()

@@ -1,7 +1,7 @@
 """Asks a model a benchmark's questions: picture group by picture group, one JSON line per answer, resumable.
 
-A model is whatever has Answerer's four members. How a question is put is an Ask: `direct` for MIG-Bench's own prompt;
-families.py has the other models' forms, cot.py the two steps of the chain of thought.
+A model is an Engine of engines.py. How a question is put is an Ask: `direct` for MIG-Bench's own prompt; families.py
+has the other models' forms, cot.py the two steps of the chain of thought.
 """
 
 import fcntl
@@ -11,29 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from ...runtime.errors import ContextFullError, ImageError, MigicianError
+from ..engines import Engine
 from .data import Question, picture_order, read_lines
 from .protocol import MAX_NEW_TOKENS, direct_prompt
+from .runs import Run, same_run, words
 
-__all__ = ["Answerer", "Ask", "Progress", "Reply", "Report", "direct", "run", "shard_of"]
-
-
-class Answerer(Protocol):
-    """A model that answers questions about pictures.
-
-    name: as reports show it.   family: "migician", "qwen2-vl", ...: keys the prompt's form and protocol.Y_SCALE.
-    """
-
-    name: str
-    family: str
-
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
-        """Answers one turn, greedily; text is the whole user turn after the pictures."""
-        ...
-
-    def close(self) -> None: ...
+__all__ = ["Ask", "Progress", "Reply", "Report", "direct", "run", "shard_of"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,7 @@ class Reply:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-Ask = Callable[[Question, Answerer], "str | Reply"]
+Ask = Callable[[Question, Engine], "str | Reply"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +52,9 @@ class Report:
 Progress = Callable[[Report], None]
 
 
-def direct(question: Question, answerer: Answerer) -> str:
+def direct(question: Question, engine: Engine) -> str:
     """Puts a question as MIG-Bench's evaluation of Migician and Qwen2-VL does."""
-    return answerer.answer(question.images, direct_prompt(question.question), MAX_NEW_TOKENS)
+    return engine.answer(question.images, direct_prompt(question.question), MAX_NEW_TOKENS).text
 
 
 def shard_of(questions: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
@@ -84,18 +70,18 @@ def shard_of(questions: Sequence[Question], shard: tuple[int, int]) -> list[Ques
 
 def run(
     questions: Sequence[Question],
-    answerer: Answerer,
+    engine: Engine,
     out: Path | None,
     *,
     shard: tuple[int, int] = (0, 1),
     ask: Ask = direct,
-    label: str = "",
+    label: Run | str = "",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Asks the shard's questions that `out` does not answer yet; returns the lines of all of them, in asking order.
 
     out: JSON lines {"index", "response", "seconds", "run"}, each written when its answer is there, so that a killed run
-    goes on where it stopped; None keeps nothing.   label: model and settings; lines of another are not mixed in.
+    goes on where it stopped; None keeps nothing.   label: the run, as of runs.py; lines of another do not mix.
     A question whose pictures cannot be read or do not fit gets a line with "error": no answer, tried again next time.
     Raises MigicianError when `out` belongs to another run or is being written by one.
     """
@@ -105,7 +91,7 @@ def run(
         left = [q for q in mine if q.index not in lines]
         done, start = len(mine) - len(left), time.perf_counter()
         for number, q in enumerate(left, 1):
-            line = _ask(q, answerer, ask, label)
+            line = _ask(q, engine, ask, label)
             lines[q.index] = line
             if file is not None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -118,10 +104,10 @@ def run(
     return [lines[q.index] for q in mine]
 
 
-def _ask(q: Question, answerer: Answerer, ask: Ask, label: str) -> dict[str, Any]:
+def _ask(q: Question, engine: Engine, ask: Ask, label: Run | str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
-        reply = ask(q, answerer)
+        reply = ask(q, engine)
     except (ImageError, ContextFullError) as error:
         reply = Reply("", {"error": str(error)})
     if isinstance(reply, str):
@@ -152,14 +138,15 @@ def _opened(out: Path | None) -> Iterator[IO[str] | None]:
         yield file
 
 
-def _resume(file: IO[str] | None, out: Path | None, label: str) -> dict[int, dict[str, Any]]:
+def _resume(file: IO[str] | None, out: Path | None, label: Run | str) -> dict[int, dict[str, Any]]:
     """Reads the answers that are there and cuts off a line that a killed run left half written."""
     if file is None or out is None:
         return {}
     records = read_lines(out, torn=True)
     for record in records:
-        if label and record.get("run", label) != label:
-            raise MigicianError(f"{out}: holds answers of {record['run']}, this run is {label}; choose another --out")
+        if label and not same_run(record.get("run", label), label):
+            other, this = words(record["run"]), words(label)
+            raise MigicianError(f"{out}: holds answers of {other}, this run is {this}; choose another --out")
     text = out.read_bytes()
     whole = text.rfind(b"\n") + 1
     if text[whole:].strip():

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import click
 
 from ...runtime.errors import MigicianError
+from ..engines import PHASES, Answered, Picture, any_length_only
 from .data import Question, fingerprint, missing_pictures, read_lines, read_mig_bench, select
 from .protocol import direct_prompt
 from .runner import Reply
@@ -27,7 +29,6 @@ from .scoring import score
 
 __all__ = ["Setting", "measure", "row", "sweep"]
 
-PHASES = ("preprocess", "vision", "prefill", "decode")
 # The child imports from where its parent does, whatever the parent did to its path
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import _serve; _serve(sys.argv[2])"
 
@@ -79,7 +80,9 @@ class Source:
 
 # ---- one setting, in a process of its own
 class _Timed:
-    """This runtime, keeping what the last answer took."""
+    """This runtime in one setting, keeping what the last answer took: an Engine of engines.py."""
+
+    versions: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, setting: Setting, source: Source) -> None:
         from ...runtime.model import load
@@ -93,19 +96,20 @@ class _Timed:
         self.family = found.name if found else "qwen2_vl"
         self.stats: dict[str, float] = {}
 
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
-        from ..latency.worker import peak_rss_mb
+    def answer(self, images: Sequence[Picture], text: str, max_new_tokens: int, *, exact: bool = False) -> Answered:
+        from .models import times_of
 
+        any_length_only(self.name, exact)
         answer = self._model.ground(list(images), text, max_new_tokens=max_new_tokens, max_side=self._max_side)
-        self.stats = {**answer.stats, "prompt_tokens": answer.prompt_tokens, "peak_rss_mb": peak_rss_mb()}
-        return answer.text
+        self.stats = {**answer.stats, "prompt_tokens": answer.prompt_tokens}
+        return Answered(answer.text, times_of(answer))
 
     def ask(self, question: Question, _: Any) -> Reply:
         """An Ask of the runner whose lines have "stats"."""
         from .protocol import MAX_NEW_TOKENS
 
         text = question.question if self._bare else direct_prompt(question.question)
-        response = self.answer(question.images, text, MAX_NEW_TOKENS)
+        response = self.answer(question.images, text, MAX_NEW_TOKENS).text
         return Reply(response, {"stats": self.stats})
 
     def close(self) -> None:
@@ -130,7 +134,7 @@ def _serve(spec: str) -> None:
     try:
         questions, timed = source.questions(), _Timed(setting, source)
         say(family=timed.family)
-        label = f"{given['label']} data={fingerprint(questions)}"
+        label = {**given["label"], "data": fingerprint(questions)}
         run(
             questions, timed, Path(given["out"]), ask=timed.ask, label=label,
             progress=lambda report: say(done=report.done, total=report.total),
@@ -151,8 +155,8 @@ def measure(
     answers: the file of JSON lines; what it has already is not asked again.   progress: answers there, of how many.
     Raises MigicianError for what the child refused, or when it died.
     """
-    how = f"{' bare' if source.bare else ''} threads={source.threads} min_pixels={source.min_pixels or 'own'}"
-    label = f"{setting.name} side={setting.side}{how}"
+    label = {"model": setting.name, "max_side": setting.max_side}
+    label |= {key: getattr(source, key) for key in ("bare", "threads", "min_pixels")}
     plain = {**vars(source), "data": str(source.data), "images": str(source.images) if source.images else None}
     spec = {"setting": vars(setting), "source": plain, "out": str(answers), "label": label}
     command = [sys.executable, "-c", _CHILD.format(module=__name__), json.dumps(sys.path), json.dumps(spec)]
@@ -292,7 +296,7 @@ def _conclude(result: Mapping[str, Any], html: Path | None, markdown: Path | Non
 
 def describe(rows: Sequence[Row], questions: Sequence[Question], options: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured, on what, where: the JSON line."""
-    from ..latency.machine import machine
+    from ...runtime.machine import machine
 
     data = options["data"]
     return {

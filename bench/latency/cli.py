@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ...runtime.backends import BACKENDS
 from ...runtime.errors import MigicianError
 
 __all__ = ["latency", "make_model", "report"]
@@ -88,6 +89,7 @@ def _pythons(_: click.Context, option: click.Parameter, words: tuple[str, ...]) 
 @click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, metavar="N",
               help="Short answers before those of a process, so that every weight has been read.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, metavar="N", help="Threads. [0: one per core]")
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="native", help="What computes ours. [native]")
 @click.option("--precision", type=click.Choice(["auto", "fp32"]), default="auto", help="Arithmetic of ours. [auto]")
 @click.option("--ceilings/--no-ceilings", default=True, help="Measure what the machine can do at most. [yes]")
 @click.option("--against", default="", metavar="ENGINE,...",
@@ -140,6 +142,7 @@ def _plan(options: dict[str, Any]) -> Any:
     return Plan(
         model=model,
         cases=cases,
+        backend=options["backend"],
         precision=options["precision"],
         threads=options["threads"] or _cores(),
         repeat=options["repeat"],

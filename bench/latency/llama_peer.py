@@ -12,13 +12,15 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...runtime.errors import MigicianError
-from .workload import PROMPT, Case
+from ...runtime.image import open_picture
+from ..engines import Answered, Picture, Times, exact_length_only
 
 __all__ = ["LlamaCpp", "read_log"]
 
@@ -28,32 +30,32 @@ _SINGLE = re.compile(r"(?<!prompt)\s+eval time =\s*([\d.]+) ms /\s*(\d+) runs")
 _VERSION = re.compile(r"version: (.+)")
 
 
-def read_log(text: str, case: Case) -> dict[str, Any]:
-    """The phases in one log. Raises MigicianError where a line is missing or the counts are not the case's."""
+def read_log(text: str, pictures: int, new_tokens: int) -> Times:
+    """The phases in one log. Raises MigicianError where a line is missing or the counts are others."""
     encoded, prompt, single = _ENCODED.findall(text), _PROMPT.search(text), _SINGLE.search(text)
-    if len(encoded) < case.pictures or prompt is None or single is None:
+    if len(encoded) < pictures or prompt is None or single is None:
         tail = " | ".join(text.strip().splitlines()[-3:])
         raise MigicianError(f"llama.cpp: no timings in its log ({tail[:300]}); run it by hand to see why")
-    if int(single[2]) != case.new_tokens - 1:
+    if int(single[2]) != new_tokens - 1:
         raise MigicianError(
-            f"llama.cpp: {single[2]} single steps where {case.new_tokens - 1} were asked for; not comparable"
+            f"llama.cpp: {single[2]} single steps where {new_tokens - 1} were asked for; not comparable"
         )
     vision = sum(map(float, encoded))
     prefill, decode = float(prompt[1]) - vision, float(single[1])
-    return {
-        "preprocess_ms": None,
-        "vision_ms": vision,
-        "prefill_ms": prefill,
-        "decode_ms": decode,
-        "total_ms": vision + prefill + decode,
-        "steps_ms": None,
-        "prompt_tokens": int(prompt[2]),
-        "new_tokens": case.new_tokens,
-    }
+    return Times(
+        prompt_tokens=int(prompt[2]),
+        new_tokens=new_tokens,
+        total_ms=vision + prefill + decode,
+        vision_ms=vision,
+        prefill_ms=prefill,
+        decode_ms=decode,
+    )
 
 
 class LlamaCpp:
     """A build folder or program, a language model and a picture projector in GGUF."""
+
+    name, family = "llama.cpp", "qwen2_vl"
 
     def __init__(self, place: str | None, gguf: str | None, mmproj: str | None, *, threads: int) -> None:
         self._program = self._find(Path(place or ""))
@@ -72,23 +74,32 @@ class LlamaCpp:
                 return str(path)
         raise MigicianError(f"llama.cpp: no llama-mtmd-cli in {place}; give --llama-cpp its build folder")
 
-    def run(self, case: Case, images: list[np.ndarray]) -> dict[str, Any]:
+    def answer(self, images: Sequence[Picture], text: str, max_new_tokens: int, *, exact: bool = False) -> Answered:
         """Answers once, in a process of its own."""
         from PIL import Image
 
+        exact_length_only(self.name, exact)
         with tempfile.TemporaryDirectory() as folder:
             words: list[str] = []
             for i, image in enumerate(images):
-                Image.fromarray(image).save(f"{folder}/{i}.png")
+                picture = Image.fromarray(image) if isinstance(image, np.ndarray) else open_picture(image)
+                picture.save(f"{folder}/{i}.png")
                 words += ["--image", f"{folder}/{i}.png"]
-            command = [self._program, *self._models, *self._threads, *words, "-p", PROMPT, "-n", str(case.new_tokens)]
+            command = [self._program, *self._models, *self._threads, *words, "-p", text, "-n", str(max_new_tokens)]
             command += ["--temp", "0", "--repeat-penalty", "1", "--ignore-eos", "-ngl", "0", "--jinja", "-lv", "4"]
-            with open(f"{folder}/log", "w+") as log:
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            with open(f"{folder}/log", "w+") as log, open(f"{folder}/answer", "w+") as written:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=written, stderr=log)
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
-                log.seek(0)
-                text = log.read()
+                for file in (log, written):
+                    file.seek(0)
+                told, answer = log.read(), written.read()
         if process.returncode:
-            raise MigicianError(f"llama.cpp: ended with {process.returncode} ({text.strip()[-300:]}); run it by hand")
-        return read_log(text, case) | {"peak_rss_mb": round(usage.ru_maxrss / 1024, 1)}
+            tail = (told or answer).strip()[-300:]
+            raise MigicianError(f"llama.cpp: ended with {process.returncode} ({tail}); run it by hand")
+        # whether its timings are on stdout or on stderr has changed between its versions
+        times = read_log(told + answer, len(images), max_new_tokens)
+        return Answered(answer.strip(), replace(times, peak_rss_mb=round(usage.ru_maxrss / 1024, 1)))
+
+    def close(self) -> None:
+        """Nothing is held."""

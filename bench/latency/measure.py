@@ -3,7 +3,7 @@
 The result, which is the command's JSON object:
 
     kind "migician latency", version 1, date, command, machine {...}, load [before, after]
-    model {name, format, mode, bytes, weights}, settings {precision, threads, repeat, warm_up, prompt}
+    model {name, format, mode, bytes, weights}, settings {backend, precision, threads, repeat, warm_up, prompt}
     ceilings {isa, threads, read_bytes, read_bytes_1, f32_ops, int8_ops, bf16_ops} or None: medians of what was measured
         before every repeat, since the speed of a shared machine's memory changes by the minute
     engines {name: {versions, load_ms, meter}}, missing [{engine, why}]
@@ -31,10 +31,12 @@ from ...runtime.files.checkpoint import Checkpoint
 from ...runtime.files.describe import describe
 from ...runtime.files.open import open_checkpoint
 from ...runtime.image import smart_resize
-from .machine import busy, load_average, machine
+from ...runtime.machine import machine
+from ..engines import PHASES
+from .load import busy, load_average
 from .peers import EngineFailed, EngineMissing, Setting, answers
 from .work import decode_work, floor_ms, prefill_work, vision_work
-from .workload import PHASES, PROMPT, Case
+from .workload import PROMPT, Case
 
 __all__ = ["KIND", "Plan", "measure", "percentiles", "ratios", "summarize"]
 
@@ -48,6 +50,7 @@ class Plan:
 
     model: str
     cases: Sequence[Case]
+    backend: str = "native"
     precision: str = "auto"
     threads: int = 0
     repeat: int = 5
@@ -180,7 +183,7 @@ class _Collected:
 
 
 def _run_one(plan: Plan, setting: Setting, name: str, repeat: int, collected: _Collected, say: Say) -> None:
-    options = {"model": plan.model, "threads": plan.threads, **plan.options}
+    options = {"model": plan.model, "backend": plan.backend, "threads": plan.threads, **plan.options}
     steps = answers(setting, options, plan.cases, repeat=repeat, warm_up=plan.warm_up, interpreters=plan.interpreters)
     say(f"repeat {repeat + 1} of {plan.repeat}: {name}")
     for event in steps:
@@ -229,6 +232,7 @@ def measure(plan: Plan, say: Say, *, command: str = "") -> dict[str, Any]:
         "load": [load_before, load_average()],
         "model": {key: about[key] for key in ("name", "format", "bytes", "weights")} | {"mode": mode},
         "settings": {
+            "backend": plan.backend,
             "precision": plan.precision,
             "threads": plan.threads,
             "repeat": plan.repeat,

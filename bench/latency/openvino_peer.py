@@ -6,6 +6,7 @@ prompt's time is what is left. Its scheduler keeps prefixes between calls: pictu
 
 import itertools
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...runtime.errors import MigicianError
-from .workload import PROMPT, Case
+from ...runtime.image import open_picture
+from ..engines import Answered, Picture, Times, exact_length_only
 
 __all__ = ["OpenVino", "split"]
 
@@ -36,6 +38,8 @@ def split(total_ms: float, embeddings_ms: float, token_times_ms: list[float]) ->
 class OpenVino:
     """An exported folder under one precision hint, "bf16" or "f32"."""
 
+    family = "qwen2_vl"
+
     def __init__(self, folder: str | None, *, threads: int, hint: str) -> None:
         self._openvino = import_module("openvino")
         genai = import_module("openvino_genai")
@@ -47,21 +51,28 @@ class OpenVino:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._pipe = genai.VLMPipeline(folder, "CPU", **settings)
+        self.name = f"openvino {hint}"
         self.versions = {name: version(name) for name in ("openvino", "openvino-genai")}
 
-    def run(self, case: Case, images: list[np.ndarray]) -> dict[str, Any]:
+    def answer(self, images: Sequence[Picture], text: str, max_new_tokens: int, *, exact: bool = False) -> Answered:
         """Answers once."""
+        exact_length_only(self.name, exact)
         config = self._pipe.get_generation_config()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = case.new_tokens, True, False
+        config.max_new_tokens, config.ignore_eos, config.do_sample = max_new_tokens, True, False
         config.repetition_penalty = 1.0
-        tensors = [self._openvino.Tensor(np.ascontiguousarray(image[None])) for image in images]
+        pixels = [i if isinstance(i, np.ndarray) else np.asarray(open_picture(i)) for i in images]
+        tensors = [self._openvino.Tensor(np.ascontiguousarray(image[None])) for image in pixels]
         start = time.perf_counter()
-        result = self._pipe.generate(PROMPT, images=tensors, generation_config=config)
+        result = self._pipe.generate(text, images=tensors, generation_config=config)
         total = 1000 * (time.perf_counter() - start)
         metrics = result.perf_metrics
         count = metrics.get_num_generated_tokens()
-        if count != case.new_tokens:
-            raise MigicianError(f"openvino: {count} new tokens where {case.new_tokens} were asked for; not comparable")
+        if count != max_new_tokens:
+            raise MigicianError(f"openvino: {count} new tokens where {max_new_tokens} were asked for; not comparable")
         times = [float(moment) for moment in metrics.raw_metrics.m_new_token_times]
         phases = split(total, metrics.get_prepare_embeddings_duration().mean, times)
-        return phases | {"prompt_tokens": metrics.get_num_input_tokens(), "new_tokens": count}
+        return Answered(result.texts[0], Times(metrics.get_num_input_tokens(), count, **phases))
+
+    def close(self) -> None:
+        """Lets go of the pipeline."""
+        del self._pipe

@@ -9,11 +9,11 @@ from html import escape
 from typing import Any
 
 from ...runtime.report.page import legend, page, section, table, tiles
+from ..engines import PHASES
 from .figures import STYLE as FIGURE_STYLE
 from .figures import Curve, Mark, curves, duration, roofline, stacked
-from .machine import busy
+from .load import busy
 from .text import ceiling_line
-from .workload import PHASES
 
 __all__ = ["render"]
 
@@ -43,6 +43,8 @@ def _label(result: Result) -> str:
     """The model of a run and how it is stored; the mode is not said twice."""
     name, mode = str(result["model"].get("name")), str(result["model"].get("mode"))
     label = name if mode.lower() in name.lower() else f"{name} {mode}"
+    backend = result["settings"].get("backend", "native")  # files of the first releases do not name it
+    label += "" if backend == "native" else f" on {backend}"
     return label if result["settings"].get("precision") != "fp32" else f"{label}, fp32 arithmetic"
 
 

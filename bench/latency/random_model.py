@@ -4,10 +4,8 @@ Geometries: Qwen2-VL 2B and 7B as their published config.json have them, and the
 with the deviation that keeps activations near one. The weights of one shape and seed are always the same.
 """
 
-import contextlib
 import json
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ...runtime.errors import MigicianError
-from ...runtime.files.config import parse_config, tensor_shapes
+from ...runtime.files.config import CLIP_MEAN, CLIP_STD, parse_config, tensor_shapes
 from ...runtime.files.mig import read_mig
 from ...runtime.files.open import NANO_FILE
+from ...runtime.files.write import whole_folder
 from ...runtime.prompt import Vocabulary, build_prompt
 
 __all__ = ["SHAPES", "byte_tokenizer", "write_random_model"]
@@ -68,24 +67,14 @@ def write_random_model(
         json.loads(texts["config.json"]), json.loads(texts["generation_config.json"]), where="config.json"
     )
     shapes = tensor_shapes(config)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder, parents=True, advice="choose another place") as partial:
         wanted = 2 * sum(math.prod(s) for s in shapes.values()) + (64 << 20)
-        if shutil.disk_usage(folder.parent).free < wanted:
+        if shutil.disk_usage(partial).free < wanted:
             raise MigicianError(f"{folder.parent}: {wanted / 1e9:.1f} GB are wanted and not free; choose another place")
-        partial.mkdir()
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         _write_weights(partial, shapes, seed, say)
-        size = sum(path.stat().st_size for path in partial.iterdir())
-        os.rename(partial, folder)
-        return size
-    except OSError as error:
-        raise MigicianError(f"{folder}: cannot be written ({error.strerror}); choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
+        return sum(path.stat().st_size for path in partial.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
@@ -166,8 +155,8 @@ def _preprocessor() -> dict[str, Any]:
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
 
 

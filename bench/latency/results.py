@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import MigicianError
+from ..engines import PHASES
 from .measure import KIND
-from .workload import PHASES
 
 __all__ = ["read_result"]
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .machine import busy
-from .workload import PHASES
+from ..engines import PHASES
+from .load import busy
 
 __all__ = ["ceiling_line", "markdown", "printed"]
 
@@ -110,8 +110,10 @@ def _markdown_head(result: Mapping[str, Any]) -> list[str]:
     machine, model, settings = result["machine"], result["model"], result["settings"]
     versions = [f"{k} {v}" for engine in result["engines"].values() for k, v in engine["versions"].items()]
     load = " to ".join("unknown" if v is None else f"{v:.1f}" for v in result["load"])
+    # files of the first releases do not name it
+    backend = "" if settings.get("backend", "native") == "native" else f", backend {_cell(settings['backend'])}"
     lines = [
-        f"## {_cell(model['name'])}, {_cell(model['mode'])}",
+        f"## {_cell(model['name'])}, {_cell(model['mode'])}{backend}",
         "",
         f"{_cell(machine['cpu'])}, {machine['cores']} cores, {machine['memory_gib']} GiB; {_cell(machine['system'])}; "
         f"migician {_cell(machine['migician'])}, {_cell(', '.join(dict.fromkeys(versions)))}. {_cell(result['date'])}; "

@@ -7,27 +7,26 @@ Lines: {"event": "loaded", "load_ms", "versions"}, {"event": "run", "case": i, "
 fails {"event": "missing" or "failed", "why"}. Whatever a library prints goes to stderr.
 """
 
-import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import MigicianError
+from ...runtime.memory import peak_rss_mb, reset_peak
+from ..engines import Engine
 from .energy import Meter, find_meter
-from .workload import WARM_UP, Case, Engine, pictures
+from .workload import PROMPT, WARM_UP, Case, pictures
 
-__all__ = ["ENGINES", "main", "peak_rss_mb", "reset_peak"]
+__all__ = ["ENGINES", "main"]
 
 
-def _native(variant: str, options: dict[str, Any]) -> Engine:
-    from .native import Native
+def _backend(variant: str, options: dict[str, Any]) -> Engine:
+    from .backend import Backend
 
-    return Native(options["model"], threads=options["threads"], precision=variant)
+    return Backend(options["model"], backend=options["backend"], threads=options["threads"], precision=variant)
 
 
 def _transformers(variant: str, options: dict[str, Any]) -> Engine:
@@ -49,52 +48,40 @@ def _llama_cpp(variant: str, options: dict[str, Any]) -> Engine:
 
 
 ENGINES: dict[str, Callable[[str, dict[str, Any]], Engine]] = {
-    "migician": _native,
+    "migician": _backend,
     "transformers": _transformers,
     "openvino": _openvino,
     "llama.cpp": _llama_cpp,
 }
 
 
-def reset_peak() -> None:
-    """Starts the count of peak memory anew where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process since reset_peak(), mapped weights included."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        status = Path("/proc/self/status").read_text()
-        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
-
-
 def _measure(engine: Engine, case: Case, repeat: int, meter: Meter | None) -> dict[str, Any]:
     images = pictures(case, repeat)
     reset_peak()
     before = meter.joules() if meter else 0.0
-    run = engine.run(case, images)
-    run["energy_j"] = meter.joules() - before if meter else None
-    run.setdefault("peak_rss_mb", peak_rss_mb())
-    return run
+    times = engine.answer(images, PROMPT, case.new_tokens, exact=True).times
+    energy = meter.joules() - before if meter else None
+    if times is None:
+        raise MigicianError(f"{engine.name}: does not tell its times; leave it out")
+    peak = peak_rss_mb() if times.peak_rss_mb is None else times.peak_rss_mb
+    return {**times.to_dict(), "energy_j": energy, "peak_rss_mb": peak}
 
 
 def _work(spec: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     start = time.perf_counter()
     engine = ENGINES[spec["engine"]](spec["variant"], spec["options"])
-    say({"event": "loaded", "load_ms": 1000 * (time.perf_counter() - start), "versions": engine.versions})
+    say({"event": "loaded", "load_ms": 1000 * (time.perf_counter() - start), "versions": dict(engine.versions)})
     meter = find_meter()
     try:
         for i in range(spec["warm_up"]):
-            engine.run(WARM_UP, pictures(WARM_UP, (1 << 30) + i))
+            engine.answer(pictures(WARM_UP, (1 << 30) + i), PROMPT, WARM_UP.new_tokens, exact=True)
         for number, case in enumerate(spec["cases"]):
             run = _measure(engine, Case(**case), spec["repeat"], meter)
             say({"event": "run", "case": number, "run": run, "meter": meter.source if meter else None})
     finally:
         if meter:
             meter.close()
+        engine.close()
 
 
 def main() -> None:

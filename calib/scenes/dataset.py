@@ -7,23 +7,20 @@ A conversation is one human turn, `<image>` and a line break for every picture a
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ...runtime.files.write import whole_folder
 from .layout import Question, Sample
 from .stream import HELD_OUT_SEED, check_seed
 from .tasks import sample
 from .wordings import EASY_TASKS, TASKS
 
-__all__ = ["HeldOut", "held_out", "whole_folder", "write_dataset", "write_records"]
+__all__ = ["HeldOut", "held_out", "write_dataset", "write_records"]
 
 _QUESTIONS_PER_SET = 2
 _ALL_TASKS = (*TASKS, *EASY_TASKS)
@@ -63,34 +60,11 @@ def _questions(
     return items[:n]
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name when the block has ended well and goes when it has not.
-
-    Raises FileExistsError when a folder of that name is there and not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: already there and not empty; choose another folder or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp made it private
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a list of records as JSON and waits until it is on the disk."""
+    """Writes a list of records as JSON."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(records, file, indent=1)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_dataset(
@@ -106,11 +80,12 @@ def write_dataset(
     """Writes per_task questions of each task with their pictures; returns the path of the JSON file.
 
     The folder appears complete or not at all; the same arguments write the same bytes (with one Pillow version).
-    Raises ValueError on a held-out seed or unknown task, FileExistsError when folder is there and not empty.
+    Raises ValueError on a held-out seed or unknown task, ModelFileError when folder is there and not empty or cannot
+    be written.
     """
     check_seed(seed)
     indices = {task: _task_index(task) for task in tasks}
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(folder, parents=True) as partial:
         (partial / "images").mkdir()
         records = []
         for task, index in indices.items():

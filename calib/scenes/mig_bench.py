@@ -15,7 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from .dataset import HeldOut, held_out, whole_folder, write_records
+from ...runtime.files.write import whole_folder
+from .dataset import HeldOut, held_out, write_records
 from .layout import Question
 from .wordings import TASKS, WORDINGS
 
@@ -30,15 +31,15 @@ def write_mig_bench(folder: str | os.PathLike[str], per_task: int, *, tasks: Seq
     """Writes the first per_task held-out questions of each task with their pictures; returns the JSON file's path.
 
     The folder appears complete or not at all; the same arguments write the same bytes (with one Pillow version).
-    Raises ValueError on a task that is not one of the ten or fewer than one question, FileExistsError when the folder
-    is there and not empty.
+    Raises ValueError on a task that is not one of the ten or fewer than one question, ModelFileError when the folder
+    is there and not empty, or cannot be written.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise ValueError(f"{', '.join(map(repr, unknown)) or 'no task'}: choose from {', '.join(TASKS)}")
     if per_task < 1:
         raise ValueError(f"{per_task} questions of each task; ask for at least 1")
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(folder, parents=True) as partial:
         (partial / "images").mkdir()
         records = [record for task in dict.fromkeys(tasks) for record in _task(partial, task, per_task)]
         write_records(partial / FILE_NAME, records)

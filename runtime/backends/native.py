@@ -76,7 +76,7 @@ def _check(status: int, err: Any) -> None:
 
 
 def kernel_report() -> str:
-    """Returns one line per instruction set: whether it can run here and which file serves each operation."""
+    """Returns one line per instruction set: whether it can run here, and whose functions serve each kind of work."""
     size = lib.migi_kernel_report(ffi.NULL, 0)
     text = ffi.new("char[]", size + 1)
     lib.migi_kernel_report(text, size + 1)
@@ -256,6 +256,7 @@ class Native:
         self._weights = Weights(checkpoint)
         self._fp32, self._most = options.fp32, checkpoint.config.text.max_positions
         self._session: Session | None = None
+        self._cancelled = False  # before there was a session
 
     @property
     def weights_bytes(self) -> int:
@@ -282,7 +283,11 @@ class Native:
             self._session = self._open(tokens)
 
     def _open(self, context: int) -> Session:
-        return Session(self._weights, self._pool, context=context, fp32=self._fp32)
+        session = Session(self._weights, self._pool, context=context, fp32=self._fp32)
+        if self._cancelled:
+            self._cancelled = False
+            session.cancel()
+        return session
 
     def _opened(self) -> Session:
         if self._session is None:
@@ -312,7 +317,9 @@ class Native:
 
     def cancel(self) -> None:
         """As Session.cancel."""
-        if self._session is not None:
+        if self._session is None:
+            self._cancelled = True
+        else:
             self._session.cancel()
 
     def after_fork(self, interrupted: bool) -> None:

@@ -372,7 +372,12 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, atte
     config = _transformers_config(checkpoint.config, attention)
     with _Unallocated():
         model = Qwen2VLForConditionalGeneration(config)
-    made = {name: _tensor(tensor, device, dtype) for name, tensor in checkpoint.tensors.items()}
+    made = {}
+    for name, tensor in checkpoint.tensors.items():
+        made[name] = _tensor(tensor, device, dtype)
+        if made[name].data_ptr() != tensor.data.ctypes.data:  # a copy: the file's pages would stay beside it
+            for file in checkpoint.files:
+                file.release()
     if checkpoint.config.text.tied:
         made["lm_head.weight"] = made["model.embed_tokens.weight"]
     # the names of the transformers that is installed, found by what they are in the published layout

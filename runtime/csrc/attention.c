@@ -12,7 +12,7 @@
  * A row's result depends neither on the rows beside it nor on where its block begins: keys past the last visible one are
  * -INFINITY and add zeros.
  */
-#include "internal.h"
+#include "attention.h"
 
 #include <math.h>
 #include <string.h>
@@ -28,16 +28,14 @@ enum {
     MAX_SHARE = 16,   /* query heads of a task then */
 };
 
-typedef struct call {
-    workspace *ws;
+typedef struct attention_call {
+    const workspace *ws;
     const attention *a;
     int part, parts; /* queries of a task; tasks of a head */
     int share;       /* query heads of a task when queries are few */
     size_t s;        /* a head's size for panels of any kind */
     float factor;    /* of q: scores are exponents of two */
-} call;
-
-static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+} attention_call;
 
 /* A head's size for panels of any kind. */
 static size_t padded_size(const migi_kernels *k, int size)
@@ -73,7 +71,7 @@ static float fold(const migi_kernels *k, float *scores, uint16_t *half, int n, f
 /* ---- few queries */
 
 /* How many of the keys [k0, k0 + n) row r sees; row r is query r / share. */
-static int seen_keys(const call *c, int r, int k0, int n)
+static int seen_keys(const attention_call *c, int r, int k0, int n)
 {
     const attention *a = c->a;
     int last = a->causal ? a->keys - a->queries + r / c->share + 1 : a->keys, visible = min_int(n, last - k0);
@@ -81,7 +79,7 @@ static int seen_keys(const call *c, int r, int k0, int n)
 }
 
 /* scores[rows][FEW_KEYS] <- q[rows, size] of the keys [k0, k0 + n) of one key/value head */
-static void few_scores(const call *c, float *scores, const float *q, size_t kv, int k0, int rows, int n)
+static void few_scores(const attention_call *c, float *scores, const float *q, size_t kv, int k0, int rows, int n)
 {
     const attention *a = c->a;
     size_t at = kv + (size_t)k0 * a->ldkv;
@@ -97,7 +95,7 @@ static void few_scores(const call *c, float *scores, const float *q, size_t kv, 
 }
 
 /* out[rows, size] += the values, weighted by scores */
-static void few_values(const call *c, float *out, const float *scores, size_t kv, int k0, int rows, int n)
+static void few_values(const attention_call *c, float *out, const float *scores, size_t kv, int k0, int rows, int n)
 {
     const attention *a = c->a;
     size_t at = kv + (size_t)k0 * a->ldkv;
@@ -111,7 +109,7 @@ static void few_values(const call *c, float *out, const float *scores, size_t kv
 }
 
 /* `share` query heads from `head` on, all of one key/value head, and all queries. */
-static void few_queries(const call *c, int head, float *scratch)
+static void few_queries(const attention_call *c, int head, float *scratch)
 {
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
@@ -142,8 +140,8 @@ static void few_queries(const call *c, int head, float *scratch)
 
 static void few_queries_task(void *arg, int task, int worker)
 {
-    const call *c = arg;
-    few_queries(c, task * c->share, (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes));
+    const attention_call *c = arg;
+    few_queries(c, task * c->share, worker_scratch(c->ws, worker));
 }
 
 /* The most query heads of one key/value head that a task may take and still leave one task for every thread. */
@@ -163,9 +161,9 @@ typedef struct room {
     uint16_t *p_half, *q_half;           /* bf16 [Q][SCORES], [T][s] */
 } room;
 
-static room make_room(const call *c, int worker)
+static room make_room(const attention_call *c, int worker)
 {
-    room r = {.scores = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes)};
+    room r = {.scores = worker_scratch(c->ws, worker)};
     r.q = r.scores + Q_BLOCK * SCORES;
     r.out = r.q + TASK_QUERIES * c->s;
     r.max = r.out + TASK_QUERIES * c->s;
@@ -178,20 +176,20 @@ static room make_room(const call *c, int worker)
 /* Bytes of one side, keys or values, of a packed block of one key/value head. */
 static size_t side_bytes(bool bf16, size_t s) { return KEY_BLOCK * s * (bf16 ? sizeof(uint16_t) : sizeof(float)); }
 
-size_t migi_attention_panels(const migi_kernels *k, bool bf16, int kv_heads, int size, int keys)
+size_t migi_attention_panels(const workspace *ws, int kv_heads, int size, int keys)
 {
-    return (size_t)kv_heads * (((size_t)keys + KEY_BLOCK - 1) / KEY_BLOCK) * 2 * side_bytes(bf16, padded_size(k, size));
+    return (size_t)kv_heads * (((size_t)keys + KEY_BLOCK - 1) / KEY_BLOCK) * 2 * side_bytes(ws->bf16, padded_size(ws->k, size));
 }
 
 /* A packed block: its keys, and side_bytes behind them its values. */
-static char *packed_block(const call *c, int kv_head, int number)
+static char *packed_block(const attention_call *c, int kv_head, int number)
 {
     size_t blocks = ((size_t)c->a->keys + KEY_BLOCK - 1) / KEY_BLOCK;
     return (char *)c->a->panels + ((size_t)kv_head * blocks + (size_t)number) * 2 * side_bytes(c->ws->bf16, c->s);
 }
 
 /* x, a query or key of one head, turned by the angles of its token */
-static void turn(const call *c, float *x, int token)
+static void turn(const attention_call *c, float *x, int token)
 {
     size_t half = (size_t)c->a->size / 2, at = (size_t)token * half;
     c->ws->k->rope(x, c->a->cosine + at, c->a->sine + at, (int)half);
@@ -199,7 +197,7 @@ static void turn(const call *c, float *x, int token)
 
 /* Rows [first, first + rows) of one head's keys or values as float: in place, or widened or turned in `wide`. *ld: floats
  * per row. */
-static const float *as_floats(const call *c, const void *side, size_t head_at, int first, int rows, bool turned, float *wide, size_t *ld)
+static const float *as_floats(const attention_call *c, const void *side, size_t head_at, int first, int rows, bool turned, float *wide, size_t *ld)
 {
     const attention *a = c->a;
     size_t at = head_at + (size_t)first * a->ldkv;
@@ -252,12 +250,12 @@ static void pack_value_pairs(const migi_kernels *k, uint32_t *panels, const uint
  * to panels. */
 static void pack_block(void *arg, int task, int worker)
 {
-    const call *c = arg;
+    const attention_call *c = arg;
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
     int head = task % a->kv_heads, number = task / a->kv_heads, first = number * KEY_BLOCK, n = min_int(KEY_BLOCK, a->keys - first);
     size_t s = c->s, at = (size_t)head * a->kv_head, ldk, ldv;
-    float *wide = (float *)(void *)(c->ws->scratch + (size_t)worker * c->ws->scratch_bytes);
+    float *wide = worker_scratch(c->ws, worker);
     uint16_t *half = (uint16_t *)(void *)(wide + KEY_BLOCK * s);
     char *to = packed_block(c, head, number), *to_values = to + side_bytes(c->ws->bf16, s);
     const float *keys = as_floats(c, a->k, at, first, n, a->cosine != NULL, wide, &ldk);
@@ -278,7 +276,7 @@ static void pack_block(void *arg, int task, int worker)
 }
 
 /* scores[rows][SCORES] = q k^T of the task's queries from `row` on and n packed keys */
-static void block_scores(const call *c, const room *r, const char *keys, int row, int rows, int n)
+static void block_scores(const attention_call *c, const room *r, const char *keys, int row, int rows, int n)
 {
     const migi_kernels *k = c->ws->k;
     size_t at = (size_t)row * c->s;
@@ -290,7 +288,7 @@ static void block_scores(const call *c, const room *r, const char *keys, int row
 }
 
 /* out[rows][s] of the task's queries from `row` on = probabilities times n packed values, or with add += */
-static void block_values(const call *c, const room *r, const char *values, int row, int rows, int n, int add)
+static void block_values(const attention_call *c, const room *r, const char *values, int row, int rows, int n, int add)
 {
     const migi_kernels *k = c->ws->k;
     float *out = r->out + (size_t)row * c->s;
@@ -303,7 +301,7 @@ static void block_values(const call *c, const room *r, const char *values, int r
 
 /* The task's queries from `row` on meet a packed block of the keys [k0, k0 + n); `before`: keys ahead of the first of these
  * queries. */
-static void meet_keys(const call *c, const room *r, const char *packed, int row, int rows, int k0, int n, int before)
+static void meet_keys(const attention_call *c, const room *r, const char *packed, int row, int rows, int k0, int n, int before)
 {
     const migi_kernels *k = c->ws->k;
     int padded = (int)migi_padded(k, (size_t)n);
@@ -322,7 +320,7 @@ static void meet_keys(const call *c, const room *r, const char *packed, int row,
 
 static void many_queries(void *arg, int task, int worker)
 {
-    const call *c = arg;
+    const attention_call *c = arg;
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
     room r = make_room(c, worker);
@@ -361,9 +359,9 @@ static int task_queries(const attention *a, int threads)
     return part;
 }
 
-void migi_attend(workspace *ws, const attention *a)
+void migi_attend(const workspace *ws, const attention *a)
 {
-    call c = {.ws = ws, .a = a, .factor = LOG2_E / sqrtf((float)a->size), .s = padded_size(ws->k, a->size)};
+    attention_call c = {.ws = ws, .a = a, .factor = LOG2_E / sqrtf((float)a->size), .s = padded_size(ws->k, a->size)};
     int threads = migi_pool_threads(ws->pool);
     if (a->queries > FEW_QUERIES || a->cosine) {
         c.part = task_queries(a, threads);

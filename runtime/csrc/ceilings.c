@@ -5,8 +5,10 @@
  * for the table, a loop that never leaves the registers; so a slow kernel does not lower its own ceiling. A product with
  * its addition counts as two operations. Every figure is the best of many short rounds, since others disturb only one way.
  */
-#include "internal.h"
+#include "migi_measure.h"
+#include "pool.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -15,7 +17,7 @@ enum {
     STREAM = 256 << 20, /* bytes; four times the third-level cache of most machines */
     PIECE = 2 << 20,    /* of them in a task */
     ROUND = 16,         /* pieces of a round, a millisecond or two: on a busy machine some rounds go undisturbed */
-    AHEAD = 2048,       /* bytes asked for early: without it a page's end costs a fifth of the speed (Zen 3) */
+    BYTES_AHEAD = 2048, /* bytes asked for early: without it a page's end costs a fifth of the speed (Zen 3) */
     OPERAND = 256 << 10, /* bytes of each operand of a kernel, for each thread */
     LOOPS = 20000,      /* of a register loop in a task */
 };
@@ -45,7 +47,7 @@ static void read_piece(void *arg, int task, int worker)
     const uint64_t *p = (const uint64_t *)(const void *)(c->memory + (c->round * ROUND + (size_t)task) % (STREAM / PIECE) * PIECE);
     uint64_t sum[8] = {0};
     for (size_t i = 0; i < PIECE / sizeof *p; i += 8) {
-        __builtin_prefetch((const char *)(p + i) + AHEAD);
+        __builtin_prefetch((const char *)(p + i) + BYTES_AHEAD);
         for (int j = 0; j < 8; j++) sum[j] += p[i + (size_t)j];
     }
     uint64_t all = 0;

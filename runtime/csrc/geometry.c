@@ -1,5 +1,5 @@
 /* geometry.c - where pixels go in the patch matrix and where tokens stand in M-RoPE space. */
-#include "internal.h"
+#include "geometry.h"
 
 /* Patches come in blocks of merge x merge, so that the merger's four neighbours are consecutive; inside a patch the order
  * is channel, time (the same picture twice), row, column: Qwen2VLImageProcessor. */
@@ -27,30 +27,53 @@ migi_status migi_patchify(const migi_config *c, const uint8_t *rgb, int32_t heig
 
 /* Text counts up in all three axes; a picture's cells share one time and spread over rows and columns; what follows a
  * picture starts after its longer side: get_rope_index of transformers. */
+place migi_walk(walker *w, int32_t token)
+{
+    if (token != w->image_token || w->picture == w->pictures) {
+        int32_t at = w->next++;
+        return (place){.at = {at, at, at}, .picture = -1};
+    }
+    grid g = w->grid_of(w->given, w->picture);
+    place p = {.at = {w->next, w->next + w->cell / g.cols, w->next + w->cell % g.cols}, .picture = w->picture, .cell = w->cell};
+    if (++w->cell == g.rows * g.cols) w->picture++, w->cell = 0, w->next += g.rows > g.cols ? g.rows : g.cols;
+    return p;
+}
+
+migi_status migi_check_places(walker w, const int32_t *tokens, int32_t count, migi_error *err)
+{
+    for (int32_t i = 0; i <= count; i++) {
+        bool cell = i < count && tokens[i] == w.image_token;
+        if (!cell && w.cell) {
+            grid g = w.grid_of(w.given, w.picture);
+            return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d tokens, the prompt holds %d for it", w.picture + 1, g.rows * g.cols, w.cell);
+        }
+        if (cell && w.picture == w.pictures)
+            return migi_fail(err, MIGI_E_ARGUMENT, "the prompt has places for more than the %d pictures given", w.pictures);
+        if (i < count) migi_walk(&w, tokens[i]);
+    }
+    if (w.picture == w.pictures) return MIGI_OK;
+    return migi_fail(err, MIGI_E_ARGUMENT, "%d pictures given, the prompt has places for %d", w.pictures, w.picture);
+}
+
+/* ---- for those who measure */
+
+static grid plain_grid(const void *given, int picture)
+{
+    const int32_t *grids = given;
+    return (grid){grids[2 * picture], grids[2 * picture + 1]};
+}
+
 migi_status migi_positions(const migi_config *c, const int32_t *tokens, int32_t count, const int32_t *grids, int32_t pictures,
                            int32_t *positions, migi_error *err)
 {
-    int32_t *time = positions, *row = positions + count, *col = positions + 2 * (size_t)count, next = 0, picture = 0;
-    for (int32_t i = 0; i < count;) {
-        if (tokens[i] != c->image_token) {
-            time[i] = row[i] = col[i] = next++;
-            i++;
-            continue;
-        }
-        if (picture == pictures)
-            return migi_fail(err, MIGI_E_ARGUMENT, "the prompt has places for more than the %d pictures given", pictures);
-        int32_t rows = grids[2 * picture], cols = grids[2 * picture + 1];
-        for (int32_t j = 0; j < rows * cols; j++, i++) {
-            if (i == count || tokens[i] != c->image_token)
-                return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d tokens, the prompt holds %d for it", picture + 1, rows * cols, j);
-            time[i] = next;
-            row[i] = next + j / cols;
-            col[i] = next + j % cols;
-        }
-        next += rows > cols ? rows : cols;
-        picture++;
+    walker w = {.image_token = c->image_token, .grid_of = plain_grid, .given = grids, .pictures = pictures};
+    for (int i = 0; i < pictures; i++)
+        if (grids[2 * i] < 1 || grids[2 * i + 1] < 1 || (int64_t)grids[2 * i] * grids[2 * i + 1] > INT32_MAX)
+            return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d x %d cells; give 1 x 1 or more", i + 1, grids[2 * i], grids[2 * i + 1]);
+    migi_status status = migi_check_places(w, tokens, count, err);
+    for (int32_t i = 0; i < count && status == MIGI_OK; i++) {
+        place p = migi_walk(&w, tokens[i]);
+        for (int axis = 0; axis < 3; axis++) positions[(size_t)axis * (size_t)count + (size_t)i] = p.at[axis];
     }
-    if (picture != pictures)
-        return migi_fail(err, MIGI_E_ARGUMENT, "%d pictures given, the prompt has places for %d", pictures, picture);
-    return MIGI_OK;
+    return status;
 }

@@ -11,7 +11,8 @@
  * norm before the map, bias, scales, gate and activation function work on rows and blocks that are in the cache anyway. A session
  * that keeps activations float turns the weights to float panels instead.
  */
-#include "internal.h"
+#include "linear.h"
+#include "migi_measure.h"
 
 #include <assert.h>
 #include <stdlib.h>
@@ -27,21 +28,8 @@ enum {
     K_BLOCK_INT = 2048, /* 64 columns x 2048 bytes = 128 KB */
     M_BLOCK_INT = 192,
     WIDE_TASK = 1 << 16, /* with few rows, bytes of weights that make a task */
-    AHEAD = 12,          /* rows of y that are asked for before they are written, as no prefetcher sees them coming */
+    Y_AHEAD = 12,        /* rows of y that are asked for before they are written, as no prefetcher sees them coming */
 };
-
-typedef struct call {
-    workspace *ws;
-    const linear *jobs;
-    int first[MIGI_LINEARS + 1]; /* first task of each map */
-    const matrix *up; /* of the one map, where it is gated */
-    const rows_in *in;
-    const float *x; /* what float products read */
-    size_t ldx;
-    void (*then)(float *y, int n);
-    int rows, block; /* rows of x; columns per task */
-    size_t ld_rounded, ld_quantized; /* 0: x is not rounded, not quantized */
-} call;
 
 /* A worker's room: columns of a gated map's second half, then what a product needs; integer products keep their sums before
  * the widened weights. */
@@ -54,6 +42,103 @@ size_t migi_linear_scratch(void)
     return UP_BYTES + (integers > f32 && integers > bf16 ? integers : f32 > bf16 ? f32 : bf16);
 }
 
+/* ---- rows made ready: normed, rounded, turned to integers, once for all maps that share them */
+
+/* As what a map reads its rows. */
+typedef enum form { AS_FLOAT, AS_BF16, AS_INT8 } form;
+
+static form form_of(const workspace *ws, const matrix *w, int rows)
+{
+    if (is_quantized(w)) return ws->integers ? AS_INT8 : AS_FLOAT;
+    return ws->bf16 && w->dtype == MIGI_BF16 && rows > FEW_ROWS ? AS_BF16 : AS_FLOAT;
+}
+
+/* Rows of K values in every form that was asked for. */
+typedef struct operand {
+    int rows, cols;
+    const float *x;
+    uint16_t *rounded;
+    int8_t *quantized; /* x ~ quantized * scales[row] */
+    float *scales;
+    size_t ldx, ld_rounded, ld_quantized; /* from one row to the next; padded with zeros */
+} operand;
+
+typedef struct preparation {
+    const workspace *ws;
+    const rows_in *in;
+    operand o;
+} preparation;
+
+static void norm_row(const preparation *p, int row, float *to)
+{
+    const rows_in *in = p->in;
+    const float *x = in->x + (size_t)row * in->ldx;
+    if (in->norm->b) p->ws->k->layer_norm(to, x, in->norm->w, in->norm->b, p->o.cols, in->eps);
+    else p->ws->k->rms_norm(to, x, in->norm->w, p->o.cols, in->eps);
+}
+
+static void norm_to_room(void *arg, int row, int worker)
+{
+    const preparation *p = arg;
+    (void)worker;
+    norm_row(p, row, p->in->room + (size_t)row * (size_t)p->o.cols);
+}
+
+static void round_row(void *arg, int row, int worker)
+{
+    const preparation *p = arg;
+    const operand *o = &p->o;
+    uint16_t *to = o->rounded + (size_t)row * o->ld_rounded;
+    size_t k = (size_t)o->cols;
+    (void)worker;
+    p->ws->k->round_bf16(to, o->x + (size_t)row * o->ldx, k);
+    memset(to + k, 0, (o->ld_rounded - k) * sizeof *to);
+}
+
+static void quantize(const preparation *p, int row, const float *x)
+{
+    const operand *o = &p->o;
+    o->scales[row] = p->ws->k->quantize_i8(o->quantized + (size_t)row * o->ld_quantized, x, o->cols, (int)o->ld_quantized);
+}
+
+static void quantize_row(void *arg, int row, int worker)
+{
+    const preparation *p = arg;
+    (void)worker;
+    quantize(p, row, p->o.x + (size_t)row * p->o.ldx);
+}
+
+/* The normed row is made on the way, where it stays in the cache. */
+static void norm_and_quantize_row(void *arg, int row, int worker)
+{
+    const preparation *p = arg;
+    float *x = worker_scratch(p->ws, worker);
+    norm_row(p, row, x);
+    quantize(p, row, x);
+}
+
+/* forms: a bit for each that is needed. */
+static operand prepare(const workspace *ws, const rows_in *in, int cols, unsigned forms)
+{
+    preparation p = {.ws = ws, .in = in, .o = {.rows = in->rows, .cols = cols, .x = in->x, .ldx = in->ldx,
+                     .rounded = ws->rounded, .ld_rounded = migi_padded(ws->k, (size_t)cols),
+                     .quantized = ws->quantized, .scales = ws->row_scales, .ld_quantized = migi_padded_int8((size_t)cols)}};
+    bool on_the_way = in->norm && forms == 1u << AS_INT8 && (size_t)cols * sizeof(float) <= ws->scratch_bytes;
+    if (in->norm && !on_the_way) {
+        migi_pool_run(ws->pool, norm_to_room, &p, in->rows);
+        p.o.x = in->room, p.o.ldx = (size_t)cols;
+    }
+    if (forms >> AS_BF16 & 1) {
+        assert(p.o.ld_rounded * (size_t)in->rows <= ws->rounded_len);
+        migi_pool_run(ws->pool, round_row, &p, in->rows);
+    }
+    if (forms >> AS_INT8 & 1) {
+        assert(p.o.ld_quantized * (size_t)in->rows <= ws->quantized_len);
+        migi_pool_run(ws->pool, on_the_way ? norm_and_quantize_row : quantize_row, &p, in->rows);
+    }
+    return p.o;
+}
+
 /* ---- integer products */
 
 /* Columns widened at a time: as many as fit K_BLOCK_INT in whole groups and whole steps of the product kernel. */
@@ -64,11 +149,13 @@ static int block_depth(const matrix *w)
     return K_BLOCK_INT / step * step;
 }
 
-/* sums[rows, n] = a[rows, Kp] w[n0 .. n0 + n)^T; n0 and n multiples of MIGI_BLOCK. wide: N_BLOCK * K_BLOCK_INT bytes. */
-static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a, int rows, int n0, int n, int32_t *sums,
-                        size_t ld, int8_t *wide)
+/* sums[T, n] = quantized[T, Kp] w[n0 .. n0 + n)^T; n0 and n multiples of MIGI_BLOCK. wide: N_BLOCK * K_BLOCK_INT bytes. */
+static void sum_columns(const migi_kernels *k, const matrix *w, const operand *in, int n0, int n, int32_t *sums, size_t ld,
+                        int8_t *wide)
 {
-    size_t kp = migi_padded_int8((size_t)w->cols), first = (size_t)n0 / MIGI_BLOCK, line = kp * MIGI_BLOCK;
+    int rows = in->rows;
+    const int8_t *a = in->quantized;
+    size_t kp = in->ld_quantized, first = (size_t)n0 / MIGI_BLOCK, line = kp * MIGI_BLOCK;
     size_t groups = w->group ? kp / (size_t)w->group * MIGI_BLOCK : 0;
     int part = even_part(rows, M_BLOCK_INT);
     if (w->dtype == MIGI_U8 && rows <= k->i4_rows) {
@@ -93,52 +180,19 @@ static void sum_columns(const migi_kernels *k, const matrix *w, const int8_t *a,
 
 /* In what follows `some` is a map from its column n0 on: its y and bias begin there. */
 
-static void integer_columns(const call *c, const linear *some, int n0, int n, char *scratch)
+static void integer_columns(const workspace *ws, const operand *in, const linear *some, int n0, int n, char *scratch)
 {
     int32_t *sums = (int32_t *)(void *)scratch;
     int whole = (n + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
-    sum_columns(c->ws->k, some->w, c->ws->quantized, c->rows, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
+    sum_columns(ws->k, some->w, in, n0, whole, sums, N_BLOCK, (int8_t *)scratch + SUMS_BYTES);
     const float *scales = some->w->scales + n0;
-    for (int r = 0; r < c->rows; r++) {
+    for (int r = 0; r < in->rows; r++) {
         float *y = some->y + (size_t)r * some->ldy;
         const int32_t *sum = sums + (size_t)r * N_BLOCK;
-        for (int j = 0; j < n && r + AHEAD < c->rows; j += 16) __builtin_prefetch(y + AHEAD * some->ldy + j, 1);
-        (some->add ? c->ws->k->add_scaled : c->ws->k->put_scaled)(y, sum, c->ws->row_scales[r], scales, some->bias, n);
-        if (c->then) c->then(y, n);
+        for (int j = 0; j < n && r + Y_AHEAD < in->rows; j += 16) __builtin_prefetch(y + Y_AHEAD * some->ldy + j, 1);
+        (some->add ? ws->k->add_scaled : ws->k->put_scaled)(y, sum, in->scales[r], scales, some->bias, n);
+        if (some->then) some->then(y, n);
     }
-}
-
-/* A row as it is multiplied: where it lies, or made in `room`. */
-static const float *ready_row(const call *c, int row, float *room)
-{
-    const rows_in *in = c->in;
-    const migi_kernels *k = c->ws->k;
-    const float *x = in->x + (size_t)row * in->ldx;
-    int n = c->jobs[0].w->cols;
-    if (in->norm && in->norm->b)
-        k->layer_norm(room, x, in->norm->w, in->norm->b, n, in->eps);
-    else if (in->norm)
-        k->rms_norm(room, x, in->norm->w, n, in->eps);
-    else
-        return x;
-    return room;
-}
-
-static void row_to_room(void *arg, int row, int worker)
-{
-    const call *c = arg;
-    (void)worker;
-    ready_row(c, row, c->in->room + (size_t)row * (size_t)c->jobs[0].w->cols);
-}
-
-static void quantize_row(void *arg, int row, int worker)
-{
-    const call *c = arg;
-    const workspace *ws = c->ws;
-    const float *x = c->x ? c->x + (size_t)row * c->ldx : NULL;
-    if (!x) /* made on the way, where it stays in the cache */
-        x = ready_row(c, row, (float *)(void *)(ws->scratch + (size_t)worker * ws->scratch_bytes));
-    ws->row_scales[row] = ws->k->quantize_i8(ws->quantized + (size_t)row * c->ld_quantized, x, c->jobs[0].w->cols, (int)c->ld_quantized);
 }
 
 /* ---- quantized weights as float */
@@ -159,13 +213,13 @@ void migi_dequantize(const matrix *w, int row, int rows, int k, int depth, float
             to[(size_t)r * step_row + (size_t)i * step_k] = (float)stored(w, row + r, k + i) * w->scales[row + r];
 }
 
-static void few_rows_widened(const call *c, const linear *some, int n0, int n, float *wide)
+static void few_rows_widened(const migi_kernels *k, const operand *in, const linear *some, int n0, int n, float *wide)
 {
     for (int k0 = 0; k0 < some->w->cols; k0 += K_BLOCK_F32) {
         int depth = min_int(K_BLOCK_F32, some->w->cols - k0);
         migi_dequantize(some->w, n0, n, k0, depth, wide, K_BLOCK_F32, 1);
-        for (int r = 0; r < c->rows; r++)
-            c->ws->k->gemv_f32(some->y + (size_t)r * some->ldy, wide, K_BLOCK_F32, c->x + (size_t)r * c->ldx + k0, n, depth);
+        for (int r = 0; r < in->rows; r++)
+            k->gemv_f32(some->y + (size_t)r * some->ldy, wide, K_BLOCK_F32, in->x + (size_t)r * in->ldx + k0, n, depth);
     }
 }
 
@@ -183,16 +237,15 @@ static void pack(const migi_kernels *k, const matrix *w, int row, int rows, int 
     }
 }
 
-static void few_rows(const call *c, const linear *some, int n0, int n)
+static void few_rows(const migi_kernels *k, const operand *in, const linear *some, int n0, int n)
 {
-    const migi_kernels *k = c->ws->k;
     const matrix *w = some->w;
     size_t ldw = (size_t)w->cols;
-    int step = c->rows > 1 ? GEMV_ROWS : n; /* weights come from memory once, from a cache for every further row of x */
+    int step = in->rows > 1 ? GEMV_ROWS : n; /* weights come from memory once, from a cache for every further row of x */
     for (int j = 0; j < n; j += step)
-        for (int r = 0; r < c->rows; r++) {
+        for (int r = 0; r < in->rows; r++) {
             float *y = some->y + (size_t)r * some->ldy + j;
-            const float *x = c->x + (size_t)r * c->ldx;
+            const float *x = in->x + (size_t)r * in->ldx;
             size_t at = (size_t)(n0 + j) * ldw;
             if (w->dtype == MIGI_BF16)
                 k->gemv_bf16(y, (const uint16_t *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
@@ -201,23 +254,21 @@ static void few_rows(const call *c, const linear *some, int n0, int n)
         }
 }
 
-static void many_rows_f32(const call *c, const linear *some, int n0, int n, float *panels)
+static void many_rows_f32(const migi_kernels *k, const operand *in, const linear *some, int n0, int n, float *panels)
 {
-    const migi_kernels *k = c->ws->k;
     const matrix *w = some->w;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_F32) {
         int depth = min_int(K_BLOCK_F32, w->cols - k0);
         for (int j = 0; j < n; j += k->nr)
             pack(k, w, n0 + j, min_int(k->nr, n - j), k0, depth, panels + (size_t)j * K_BLOCK_F32);
-        for (int r = 0; r < c->rows; r += M_BLOCK)
-            k->gemm_f32(some->y + (size_t)r * some->ldy, some->ldy, c->x + (size_t)r * c->ldx + k0, c->ldx, panels,
-                        (size_t)k->nr * K_BLOCK_F32, min_int(M_BLOCK, c->rows - r), n, depth, 1);
+        for (int r = 0; r < in->rows; r += M_BLOCK)
+            k->gemm_f32(some->y + (size_t)r * some->ldy, some->ldy, in->x + (size_t)r * in->ldx + k0, in->ldx, panels,
+                        (size_t)k->nr * K_BLOCK_F32, min_int(M_BLOCK, in->rows - r), n, depth, 1);
     }
 }
 
-static void many_rows_bf16(const call *c, const linear *some, int n0, int n, uint32_t *panels)
+static void many_rows_bf16(const migi_kernels *k, const operand *in, const linear *some, int n0, int n, uint32_t *panels)
 {
-    const migi_kernels *k = c->ws->k;
     const matrix *w = some->w;
     size_t ldw = (size_t)w->cols;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_BF16) {
@@ -225,20 +276,15 @@ static void many_rows_bf16(const call *c, const linear *some, int n0, int n, uin
         for (int j = 0; j < n; j += k->nr_bf16)
             k->pack_pairs(panels + (size_t)j * (K_BLOCK_BF16 / 2), (const uint16_t *)w->data + (size_t)(n0 + j) * ldw + (size_t)k0,
                           ldw, min_int(k->nr_bf16, n - j), depth, padded);
-        for (int r = 0; r < c->rows; r += M_BLOCK)
-            k->gemm_bf16(some->y + (size_t)r * some->ldy, some->ldy, c->ws->rounded + (size_t)r * c->ld_rounded + k0, c->ld_rounded,
-                         panels, (size_t)k->nr_bf16 * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, c->rows - r), n, padded, 1);
+        for (int r = 0; r < in->rows; r += M_BLOCK)
+            k->gemm_bf16(some->y + (size_t)r * some->ldy, some->ldy, in->rounded + (size_t)r * in->ld_rounded + k0, in->ld_rounded,
+                         panels, (size_t)k->nr_bf16 * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, in->rows - r), n, padded, 1);
     }
 }
 
-static void product(const call *c, const linear *some, int n0, int n, void *scratch)
+static void start_with_bias(const linear *some, int rows, int n)
 {
-    const matrix *w = some->w;
-    if (c->ld_quantized && is_quantized(w)) {
-        integer_columns(c, some, n0, n, scratch);
-        return;
-    }
-    for (int r = 0; r < c->rows; r++) {
+    for (int r = 0; r < rows; r++) {
         float *y = some->y + (size_t)r * some->ldy;
         if (some->add)
             for (int j = 0; j < n && some->bias; j++) y[j] += some->bias[j];
@@ -247,125 +293,122 @@ static void product(const call *c, const linear *some, int n0, int n, void *scra
         else
             memset(y, 0, (size_t)n * sizeof *y);
     }
-    if (c->rows <= FEW_ROWS && is_quantized(w))
-        few_rows_widened(c, some, n0, n, scratch);
-    else if (c->rows <= FEW_ROWS)
-        few_rows(c, some, n0, n);
-    else if (c->ld_rounded && w->dtype == MIGI_BF16)
-        many_rows_bf16(c, some, n0, n, scratch);
+}
+
+/* Columns [n0, n0 + n) of a map. */
+static void multiply(const workspace *ws, const operand *in, const linear *some, int n0, int n, void *scratch)
+{
+    form as = form_of(ws, some->w, in->rows);
+    if (as == AS_INT8) {
+        integer_columns(ws, in, some, n0, n, scratch);
+        return;
+    }
+    start_with_bias(some, in->rows, n);
+    if (as == AS_BF16)
+        many_rows_bf16(ws->k, in, some, n0, n, scratch);
+    else if (in->rows > FEW_ROWS)
+        many_rows_f32(ws->k, in, some, n0, n, scratch);
+    else if (is_quantized(some->w))
+        few_rows_widened(ws->k, in, some, n0, n, scratch);
     else
-        many_rows_f32(c, some, n0, n, scratch);
-    for (int r = 0; r < c->rows && c->then; r++) c->then(some->y + (size_t)r * some->ldy, n);
+        few_rows(ws->k, in, some, n0, n);
+    for (int r = 0; r < in->rows && some->then; r++) some->then(some->y + (size_t)r * some->ldy, n);
+}
+
+/* ---- tasks: blocks of output columns */
+
+typedef struct linear_call {
+    const workspace *ws;
+    const operand *in;
+    const linear *jobs;
+    int first[MIGI_LINEARS + 1]; /* first task of each map */
+    int block;                   /* columns per task */
+} linear_call;
+
+/* A map from its column n0 on. */
+static linear from_column(const linear *job, int n0)
+{
+    linear some = *job;
+    some.y += n0;
+    if (some.bias) some.bias += n0;
+    return some;
 }
 
 static void columns(void *arg, int task, int worker)
 {
-    const call *c = arg;
+    const linear_call *c = arg;
     int which = 0;
     while (task >= c->first[which + 1]) which++;
-    const linear *job = &c->jobs[which];
-    int n0 = (task - c->first[which]) * c->block, n = min_int(c->block, job->w->rows - n0);
-    char *scratch = c->ws->scratch + (size_t)worker * c->ws->scratch_bytes;
-    linear some = {job->w, job->bias ? job->bias + n0 : NULL, job->y + n0, job->ldy, job->add};
-    linear other = {c->up, NULL, (float *)(void *)scratch, N_BLOCK, false};
-    product(c, &some, n0, n, scratch + UP_BYTES);
-    if (!c->up) return;
-    product(c, &other, n0, n, scratch + UP_BYTES);
-    for (int r = 0; r < c->rows; r++)
-        c->ws->k->silu_mul(some.y + (size_t)r * some.ldy, other.y + (size_t)r * other.ldy, n);
+    int n0 = (task - c->first[which]) * c->block, n = min_int(c->block, c->jobs[which].w->rows - n0);
+    linear some = from_column(&c->jobs[which], n0);
+    multiply(c->ws, c->in, &some, n0, n, (char *)worker_scratch(c->ws, worker) + UP_BYTES);
 }
 
-static void round_row(void *arg, int row, int worker)
+typedef struct gated_call {
+    const workspace *ws;
+    const operand *in;
+    const linear *gate;
+    const matrix *up;
+    int block;
+} gated_call;
+
+static void gated_columns(void *arg, int task, int worker)
 {
-    const call *c = arg;
-    (void)worker;
-    size_t k = (size_t)c->jobs[0].w->cols;
-    uint16_t *to = c->ws->rounded + (size_t)row * c->ld_rounded;
-    c->ws->k->round_bf16(to, c->x + (size_t)row * c->ldx, k);
-    memset(to + k, 0, (c->ld_rounded - k) * sizeof *to);
+    const gated_call *c = arg;
+    char *scratch = worker_scratch(c->ws, worker);
+    int n0 = task * c->block, n = min_int(c->block, c->up->rows - n0);
+    linear gate = from_column(c->gate, n0), up = {.w = c->up, .y = (float *)(void *)scratch, .ldy = N_BLOCK};
+    multiply(c->ws, c->in, &gate, n0, n, scratch + UP_BYTES);
+    multiply(c->ws, c->in, &up, n0, n, scratch + UP_BYTES);
+    for (int r = 0; r < c->in->rows; r++) c->ws->k->silu_mul(gate.y + (size_t)r * gate.ldy, up.y + (size_t)r * up.ldy, n);
 }
 
 /* Columns of a task: with few rows as many as are WIDE_TASK bytes of weights, so that no thread waits long for the last. */
-static int task_columns(const linear *jobs, int rows)
+static int task_columns(const matrix *w, int rows)
 {
-    const matrix *w = jobs[0].w;
     size_t row_bytes = (size_t)w->cols * (w->dtype == MIGI_F32 ? 8 : w->dtype == MIGI_BF16 ? 4 : w->dtype == MIGI_I8 ? 2 : 1) / 2;
     int n = N_BLOCK;
     while (rows <= FEW_ROWS && n > MIGI_BLOCK && row_bytes * (size_t)n > WIDE_TASK) n /= 2;
     return n;
 }
 
-static void run(call *c, int count)
+void migi_linears(const workspace *ws, const linear *jobs, int count, const rows_in *in)
 {
-    workspace *ws = c->ws;
-    const rows_in *in = c->in;
-    bool any_bf16 = false, any_integers = false, any_floats = false;
-    c->block = task_columns(c->jobs, c->rows);
-    for (int i = 0; i < count + (c->up != NULL); i++) {
-        const matrix *w = i < count ? c->jobs[i].w : c->up;
-        bool integers = ws->integers && is_quantized(w);
-        if (i < count) c->first[i + 1] = c->first[i] + (w->rows + c->block - 1) / c->block;
-        any_bf16 |= w->dtype == MIGI_BF16;
-        any_integers |= integers;
-        any_floats |= !integers;
+    linear_call c = {.ws = ws, .jobs = jobs, .block = task_columns(jobs[0].w, in->rows)};
+    unsigned forms = 0;
+    assert(in->rows <= MIGI_CHUNK);
+    for (int i = 0; i < count; i++) {
+        c.first[i + 1] = c.first[i] + (jobs[i].w->rows + c.block - 1) / c.block;
+        forms |= 1u << form_of(ws, jobs[i].w, in->rows);
     }
-    size_t cols = (size_t)c->jobs[0].w->cols;
-    assert(c->rows <= MIGI_CHUNK);
-    if (!in->norm)
-        c->x = in->x, c->ldx = in->ldx;
-    else if (any_floats || cols * sizeof(float) > ws->scratch_bytes) {
-        migi_pool_run(ws->pool, row_to_room, c, c->rows);
-        c->x = in->room, c->ldx = cols;
-    }
-    if (c->rows > FEW_ROWS && ws->bf16 && any_bf16) {
-        c->ld_rounded = migi_padded(ws->k, cols);
-        assert(c->ld_rounded * (size_t)c->rows <= ws->rounded_len);
-        migi_pool_run(ws->pool, round_row, c, c->rows);
-    }
-    if (any_integers) {
-        c->ld_quantized = migi_padded_int8(cols);
-        assert(c->ld_quantized * (size_t)c->rows <= ws->quantized_len);
-        migi_pool_run(ws->pool, quantize_row, c, c->rows);
-    }
-    migi_pool_run(ws->pool, columns, c, c->first[count]);
+    operand ready = prepare(ws, in, jobs[0].w->cols, forms);
+    c.in = &ready;
+    migi_pool_run(ws->pool, columns, &c, c.first[count]);
 }
 
-void migi_linears_of(workspace *ws, const linear *jobs, int count, const rows_in *in, int rows, void (*then)(float *y, int n))
+void migi_gated(const workspace *ws, const linear *gate, const matrix *up, const rows_in *in)
 {
-    run(&(call){.ws = ws, .jobs = jobs, .in = in, .rows = rows, .then = then}, count);
+    gated_call c = {.ws = ws, .gate = gate, .up = up, .block = task_columns(gate->w, in->rows)};
+    assert(in->rows <= MIGI_CHUNK);
+    operand ready = prepare(ws, in, up->cols, 1u << form_of(ws, gate->w, in->rows) | 1u << form_of(ws, up, in->rows));
+    c.in = &ready;
+    migi_pool_run(ws->pool, gated_columns, &c, (up->rows + c.block - 1) / c.block);
 }
 
-void migi_linears(workspace *ws, const linear *jobs, int count, const float *x, size_t ldx, int rows)
-{
-    migi_linears_of(ws, jobs, count, &(rows_in){.x = x, .ldx = ldx}, rows, NULL);
-}
-
-void migi_gated(workspace *ws, const linear *gate, const matrix *up, const rows_in *in, int rows)
-{
-    run(&(call){.ws = ws, .jobs = gate, .up = up, .in = in, .rows = rows}, 1);
-}
-
-/* ---- the integer path alone */
+/* ---- the integer sums alone, for those who measure */
 
 typedef struct sums_call {
-    call c; /* no jobs' outputs: sums go to the caller */
+    const workspace *ws;
+    const operand *in;
     matrix w;
     int32_t *sums;
 } sums_call;
 
-static void caller_sums(void *arg, int task, int worker)
+static void columns_of_sums(void *arg, int task, int worker)
 {
-    const sums_call *s = arg;
-    const workspace *ws = s->c.ws;
-    int n0 = task * N_BLOCK, n = min_int(N_BLOCK, s->w.rows - n0);
-    sum_columns(ws->k, &s->w, ws->quantized, s->c.rows, n0, n, s->sums + n0, (size_t)s->w.rows,
-                (int8_t *)ws->scratch + (size_t)worker * ws->scratch_bytes);
-}
-
-static void caller_row(void *arg, int row, int worker)
-{
-    sums_call *s = arg;
-    quantize_row(&s->c, row, worker);
+    const sums_call *c = arg;
+    int n0 = task * N_BLOCK, n = min_int(N_BLOCK, c->w.rows - n0);
+    sum_columns(c->ws->k, &c->w, c->in, n0, n, c->sums + n0, (size_t)c->w.rows, worker_scratch(c->ws, worker));
 }
 
 migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const migi_tensor *factors, const float *x, int32_t rows,
@@ -374,7 +417,7 @@ migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const 
     migi_status status = MIGI_OK;
     workspace ws = {.pool = pool, .k = migi_pool_kernels(pool), .integers = true, .row_scales = scales,
                     .scratch_bytes = (size_t)K_BLOCK_INT * N_BLOCK};
-    sums_call s = {.sums = sums};
+    sums_call c = {.ws = &ws, .sums = sums};
     TRY(migi_check_tensor(weight, err));
     if (factors) TRY(migi_check_tensor(factors, err));
     FAIL_IF(weight->dtype != MIGI_I8 && weight->dtype != MIGI_U8, MIGI_E_ARGUMENT, "tensor %.100s is not quantized; give int8 or int4",
@@ -382,14 +425,14 @@ migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const 
     FAIL_IF(rows < 1 || k < 1, MIGI_E_ARGUMENT, "x has %d rows of %d; give at least one of each", rows, k);
     FAIL_IF(weight->rank < 1 || weight->shape[0] < 1 || weight->shape[0] > INT32_MAX / N_BLOCK, MIGI_E_ARGUMENT,
             "tensor %.100s has no rows, or too many; give a matrix", weight->name);
-    TRY(migi_bind_blocks(&s.w, weight, factors, (int)weight->shape[0] * MIGI_BLOCK, k, err));
-    linear job = {.w = &s.w};
-    s.c = (call){.ws = &ws, .jobs = &job, .x = x, .ldx = (size_t)k, .rows = rows, .ld_quantized = migi_padded_int8((size_t)k)};
-    ws.quantized = migi_alloc((size_t)rows, s.c.ld_quantized);
+    TRY(migi_bind_blocks(&c.w, weight, factors, (int)weight->shape[0] * MIGI_BLOCK, k, err));
+    ws.quantized_len = (size_t)rows * migi_padded_int8((size_t)k);
+    ws.quantized = migi_alloc(ws.quantized_len, 1);
     ws.scratch = migi_alloc(ws.scratch_bytes, (size_t)migi_pool_threads(pool));
     FAIL_IF(!ws.quantized || !ws.scratch, MIGI_E_MEMORY, "no memory for %d rows of %d; give fewer", rows, k);
-    migi_pool_run(pool, caller_row, &s, rows);
-    migi_pool_run(pool, caller_sums, &s, (s.w.rows + N_BLOCK - 1) / N_BLOCK);
+    operand ready = prepare(&ws, &(rows_in){.x = x, .ldx = (size_t)k, .rows = rows}, k, 1u << AS_INT8);
+    c.in = &ready;
+    migi_pool_run(pool, columns_of_sums, &c, (c.w.rows + N_BLOCK - 1) / N_BLOCK);
 done:
     free(ws.quantized);
     free(ws.scratch);

@@ -9,6 +9,7 @@
  *
  * Calls that can fail return a migi_status and, when `err` is not NULL, fill it with one line that ends in what to
  * do. On failure *out is NULL. All-zero options mean the defaults. Every free call takes NULL.
+ * Calls that only measure and test are in migi_measure.h.
  * OWNED = free it with the named call. BORROWED = valid until the named event. COPIED = yours may die after the call.
  */
 #ifndef MIGI_H
@@ -89,8 +90,7 @@ typedef struct migi_vision migi_vision;
 MIGI_API const char *migi_version(void);
 
 /* Starts `threads` workers (0: one per physical core the process may use) with the kernels named `isa` (NULL: the best
- * this CPU has): scalar, avx2, avx512, avx512vnni, avx512bf16, amx, neon, neon-dotprod, neon-i8mm, or for tests
- * avx512vnni-emulated, amx-emulated. OWNED: migi_pool_free. */
+ * this CPU has), of those that migi_kernel_report lists. OWNED: migi_pool_free. */
 MIGI_API migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, migi_error *err);
 MIGI_API void migi_pool_free(migi_pool *pool);
 /* Starts the workers anew in a child process after fork(), where the parent's threads are not; fewer where the system gives
@@ -99,8 +99,8 @@ MIGI_API void migi_pool_restart(migi_pool *pool);
 MIGI_API int32_t migi_pool_threads(const migi_pool *pool);
 MIGI_API const char *migi_pool_isa(const migi_pool *pool); /* BORROWED from the pool */
 
-/* Writes one line per instruction set: its name, whether this CPU can run it, and which file's kernel serves each
- * operation. Returns the length needed without the final zero; writes at most size bytes, always zero-ended. */
+/* Writes one line per instruction set, from worst to best: its name, whether this CPU can run it, and which instruction set's
+ * functions serve each kind of work. Returns the length needed without the final zero; writes at most size bytes, zero-ended. */
 MIGI_API size_t migi_kernel_report(char *text, size_t size);
 
 /* Checks every tensor that `config` asks for and keeps pointers to them. config and the tensor list are COPIED, the
@@ -172,28 +172,6 @@ MIGI_API migi_status migi_session_greedy(migi_session *session, float repetition
 enum { MIGI_VERIFY_ROWS = 8 };
 MIGI_API migi_status migi_session_verify(migi_session *session, const int32_t *tokens, int32_t count, float repetition_penalty,
                                          int32_t *kept, int32_t *choices, float *logprobs, migi_error *err);
-
-/* Pure functions, for tests and for callers with their own pipeline.
- * patches: f32[(height / patch) * (width / patch), channels * temporal * patch * patch], in merge-block order.
- * positions: i32[3, count] (time, row, column); grids i32[pictures, 2] = rows and columns of merged cells. */
-MIGI_API migi_status migi_patchify(const migi_config *config, const uint8_t *rgb, int32_t height, int32_t width,
-                                   float *patches, migi_error *err);
-MIGI_API migi_status migi_positions(const migi_config *config, const int32_t *tokens, int32_t count, const int32_t *grids,
-                                    int32_t pictures, int32_t *positions, migi_error *err);
-
-/* The core's integer product on one quantized matrix, as a session runs it. weight: I8 or U8 as in migi_tensor; factors:
- * its group factors, NULL for I8. x f32[rows, k] becomes int8 row by row: x ~ a * scales[row], a in -127..127.
- * sums: i32[rows, Np], exact; scales: f32[rows]. A row that holds NaN or infinity has the scale NaN. */
-MIGI_API migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const migi_tensor *factors, const float *x,
-                                       int32_t rows, int32_t k, int32_t *sums, float *scales, migi_error *err);
-
-/* What this machine does at most with the pool's threads and kernels, each per second: bytes read from memory, operations
- * of float, int8 and bf16 products (a product and its addition are two). bf16_ops is 0 where bf16 is multiplied as float.
- * Takes about 7 * `seconds` and 256 MB. For reports; nothing in the engine asks. */
-typedef struct migi_ceilings {
-    double read_bytes, f32_ops, int8_ops, bf16_ops;
-} migi_ceilings;
-MIGI_API migi_status migi_measure_ceilings(migi_pool *pool, double seconds, migi_ceilings *out, migi_error *err);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,5 @@
 /* model.c - finds and checks every tensor that the geometry asks for; matrices stay where they are mapped. */
-#include "internal.h"
+#include "model.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -4,14 +4,12 @@
  * the others' ranges when its own is done.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
-#include "internal.h"
+#include "pool.h"
 
 #include <pthread.h>
 #include <sched.h>
-#include <stdarg.h>
-#include <stdio.h>
+#include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 enum { SPINS = 4000, MAX_THREADS = 256 };
@@ -23,7 +21,7 @@ typedef struct range {
 } range;
 
 struct migi_pool {
-    const migi_kernels *kernels;
+    migi_kernels kernels;
     int threads, started;
     pthread_t *handles;
     pthread_mutex_t lock;
@@ -37,26 +35,6 @@ struct migi_pool {
 };
 
 typedef struct seat { migi_pool *pool; int worker; } seat;
-
-migi_status migi_fail(migi_error *err, migi_status status, const char *format, ...)
-{
-    if (!err) return status;
-    err->status = status;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(err->message, sizeof err->message, format, args);
-    va_end(args);
-    return status;
-}
-
-void *migi_alloc(size_t count, size_t size)
-{
-    if (size && count > (SIZE_MAX - 64) / size) return NULL;
-    size_t bytes = (count * size + 63) / 64 * 64;
-    void *p = aligned_alloc(64, bytes ? bytes : 64);
-    if (p) memset(p, 0, bytes ? bytes : 64);
-    return p;
-}
 
 static inline void relax(void)
 {
@@ -176,14 +154,10 @@ migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, mig
     pool = calloc(1, sizeof *pool);
     FAIL_IF(!pool, MIGI_E_MEMORY, "no memory for the thread pool");
     init_locks(pool);
-    pool->kernels = migi_kernels_best();
-    if (isa && *isa) {
-        int runs;
-        pool->kernels = migi_kernels_find(isa, &runs);
-        FAIL_IF(!pool->kernels, MIGI_E_UNSUPPORTED,
-                "this build has no kernels named '%s'; migician-run --kernels lists those it has", isa);
-        FAIL_IF(!runs, MIGI_E_UNSUPPORTED, "this CPU cannot run the '%s' kernels; unset MIGICIAN_ISA to take its best", isa);
-    }
+    int table = isa && *isa ? migi_kernels_named(isa) : migi_kernels_best();
+    FAIL_IF(table < 0, MIGI_E_UNSUPPORTED, "this build has no kernels named '%s'; migician-run --kernels lists those it has", isa);
+    FAIL_IF(!migi_kernels_fill(&pool->kernels, table), MIGI_E_UNSUPPORTED,
+            "this CPU cannot run the '%s' kernels; unset MIGICIAN_ISA to take its best", isa);
     pool->threads = threads ? threads : allowed_cpus();
     if (pool->threads > MAX_THREADS) pool->threads = MAX_THREADS;
     pool->handles = calloc((size_t)pool->threads, sizeof *pool->handles);
@@ -214,6 +188,5 @@ void migi_pool_free(migi_pool *pool)
 }
 
 int32_t migi_pool_threads(const migi_pool *pool) { return pool->threads; }
-const char *migi_pool_isa(const migi_pool *pool) { return pool->kernels->isa; }
-const migi_kernels *migi_pool_kernels(const migi_pool *pool) { return pool->kernels; }
-const char *migi_version(void) { return MIGI_VERSION; }
+const char *migi_pool_isa(const migi_pool *pool) { return pool->kernels.isa; }
+const migi_kernels *migi_pool_kernels(const migi_pool *pool) { return &pool->kernels; }

@@ -1,5 +1,7 @@
 /* weights.c - stored tensors: checked, since a file may be hostile, and bound where they lie. */
-#include "internal.h"
+#include "weights.h"
+
+#include "kernels/kernels.h"
 
 #include <math.h>
 #include <stdio.h>

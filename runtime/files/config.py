@@ -19,6 +19,8 @@ from ..errors import MigicianError, ModelFileError, UnsupportedError
 from .tensors import shown
 
 __all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
     "ModelConfig",
     "Preprocessor",
     "TextConfig",
@@ -27,6 +29,10 @@ __all__ = [
     "parse_repetition_penalty",
     "tensor_shapes",
 ]
+
+# Per channel (RGB), of pixels scaled to 0..1: those that CLIP was trained with, and Qwen2-VL after it
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _MISSING = object()
 
@@ -376,8 +382,8 @@ class Preprocessor:
     patch_size: int = 14
     merge_size: int = 2
     temporal_patch_size: int = 2
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
         for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size"):

@@ -20,7 +20,6 @@ Other keys are words about the model; `report`, JSON, is what the exporter measu
 safetensors allows no hole between tensors, so where one ends off the boundary a U8 tensor `_pad.N` fills the gap.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 from ..errors import ModelFileError, UnsupportedError
 from .checkpoint import Checkpoint, assemble
 from .tensors import Tensor, TensorFile, iter_chunks, shown
+from .write import whole_file
 
 __all__ = ["ALIGN_BYTES", "FORMAT_VERSION", "checksum", "read_mig", "write_mig"]
 
@@ -47,37 +47,21 @@ def write_mig(path: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Ma
     """Writes a checkpoint as one .mig file; the same checkpoint gives the same bytes.
 
     extra: further `__metadata__` strings (a model card's figures, say); the keys of the format itself are refused.
-    The file appears under its name complete or not at all: written beside it, synced, renamed. Weights stream
-    through in 8 MB pieces from wherever their tensors are mapped (checkpoint.derive puts together an exporter's own).
+    The file appears under its name complete or not at all. Weights stream through in 8 MB pieces from wherever their
+    tensors are mapped (checkpoint.derive puts together an exporter's own).
     Raises ModelFileError when the place cannot be written, ValueError for a bad `extra`.
     """
-    path = Path(path)
     metadata = _metadata(checkpoint, extra or {})
     plan, entries = _plan(checkpoint.tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            # the digest is known only at the end, and is as long as this placeholder
-            file.write(_header(metadata, entries, "0" * 64))
-            digest = hashlib.sha256()
-            for piece in _pieces(checkpoint.tensors, plan):
-                digest.update(piece)
-                file.write(piece)
-            file.seek(0)
-            file.write(_header(metadata, entries, digest.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if not isinstance(error, FileExistsError):  # then it is another writer's file
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        if isinstance(error, OSError):
-            raise ModelFileError(
-                f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
-            ) from None
-        raise
+    with whole_file(path) as file:
+        # the digest is known only at the end, and is as long as this placeholder
+        file.write(_header(metadata, entries, "0" * 64))
+        digest = hashlib.sha256()
+        for piece in _pieces(checkpoint.tensors, plan):
+            digest.update(piece)
+            file.write(piece)
+        file.seek(0)
+        file.write(_header(metadata, entries, digest.hexdigest()))
 
 
 def _metadata(checkpoint: Checkpoint, extra: Mapping[str, str]) -> dict[str, str]:
@@ -115,16 +99,6 @@ def _pieces(tensors: Mapping[str, Tensor], plan: list[tuple[str, int]]) -> Itera
         yield from iter_chunks(tensors[name].data)
         if gap:
             yield bytes(gap)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the system lets a folder be synced."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def checksum(file: TensorFile) -> str:

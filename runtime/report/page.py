@@ -4,13 +4,11 @@ No script, no file beside it, light or dark as its reader's setting. Arguments t
 words and are escaped. Colours of what a page shows are classes that set the CSS variable --c (charts.py).
 """
 
-import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
-from ..errors import ModelFileError
+from ..files.write import whole_file
 from .charts import STYLE as CHART_STYLE
 
 __all__ = ["legend", "page", "section", "signed", "table", "tiles", "write_page"]
@@ -33,19 +31,8 @@ def write_page(path: str | os.PathLike[str], text: str) -> None:
 
     Raises ModelFileError when the place cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise ModelFileError(
-                f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
-            ) from None
-        raise
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def section(title: str, body: str, intro: str = "") -> str:

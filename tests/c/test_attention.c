@@ -1,10 +1,7 @@
 /* test_attention.c - attention against sums in double: one block and many of queries and keys, causal and not, shared
  * key/value heads, half and float, turned on the way; the same bits whatever the threads and the queries beside a query. */
-#include "../../runtime/csrc/internal.h"
-#include "harness.h"
-
-static const char *const tables[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512vnni-emulated", "avx512bf16", "amx",
-                                     "amx-emulated", "neon", "neon-dotprod", "neon-i8mm"};
+#include "../../runtime/csrc/attention.h"
+#include "tables.h"
 
 enum { HEADS = 4, KV_HEADS = 2, SIZE = 20, WIDTH = HEADS * SIZE, KV_WIDTH = KV_HEADS * SIZE, MOST_KEYS = 1650 };
 
@@ -27,7 +24,7 @@ static void run(const char *isa, int threads, bool bf16, const attention *a)
     workspace ws = {.pool = pool, .k = k, .bf16 = bf16, .scratch_bytes = (migi_attention_scratch(k, SIZE) + 63) / 64 * 64};
     ws.scratch = migi_alloc(ws.scratch_bytes, (size_t)threads);
     attention call = *a;
-    call.panels = migi_alloc(migi_attention_panels(k, bf16, a->kv_heads, a->size, a->keys), 1);
+    call.panels = migi_alloc(migi_attention_panels(&ws, a->kv_heads, a->size, a->keys), 1);
     migi_attend(&ws, &call);
     free(call.panels);
     free(ws.scratch);
@@ -93,8 +90,8 @@ static void turned(const char *isa, bool bf16, int tokens)
     memcpy(turned_q, q, wide * sizeof *q), memcpy(turned_keys, keys, narrow * sizeof *keys);
     for (int i = 0; i < tokens; i++) {
         const float *c = cosine + i * SIZE / 2, *s = sine + i * SIZE / 2;
-        for (int h = 0; h < HEADS; h++) migi_kernels_scalar.rope(turned_q + i * WIDTH + h * SIZE, c, s, SIZE / 2);
-        for (int h = 0; h < KV_HEADS; h++) migi_kernels_scalar.rope(turned_keys + i * KV_WIDTH + h * SIZE, c, s, SIZE / 2);
+        for (int h = 0; h < HEADS; h++) migi_own_scalar.rope(turned_q + i * WIDTH + h * SIZE, c, s, SIZE / 2);
+        for (int h = 0; h < KV_HEADS; h++) migi_own_scalar.rope(turned_keys + i * KV_WIDTH + h * SIZE, c, s, SIZE / 2);
     }
     attention a = call_of(out, tokens, tokens, false, false), before = call_of(want, tokens, tokens, false, false);
     a.cosine = cosine, a.sine = sine, before.q = turned_q, before.k = turned_keys;
@@ -114,18 +111,12 @@ int main(void)
         half_keys[i] = migi_f32_to_f16(noise()), keys[i] = migi_f16_to_f32(half_keys[i]);
         half_values[i] = migi_f32_to_f16(noise()), values[i] = migi_f16_to_f32(half_values[i]);
     }
-    for (size_t t = 0; t < sizeof tables / sizeof *tables; t++) {
-        int runs = 0;
-        const migi_kernels *k = migi_kernels_find(tables[t], &runs);
-        if (QUICK && strcmp(tables[t], migi_kernels_best()->isa)) continue;
-        if (!k || !runs) {
-            skipped++;
-            continue;
-        }
+    migi_kernels k;
+    for (int t = 0; next_table(&k, &t, QUICK);) {
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (int kind = 0; kind < 4; kind++)
-                for (int bf16 = 0; bf16 <= k->bf16_dots; bf16++) one_shape(tables[t], bf16, shapes[s][0], shapes[s][1], kind & 1, kind >> 1);
-        for (int bf16 = 0; bf16 <= k->bf16_dots; bf16++) turned(tables[t], bf16, 4), turned(tables[t], bf16, 830);
+                for (int bf16 = 0; bf16 <= k.bf16_dots; bf16++) one_shape(k.isa, bf16, shapes[s][0], shapes[s][1], kind & 1, kind >> 1);
+        for (int bf16 = 0; bf16 <= k.bf16_dots; bf16++) turned(k.isa, bf16, 4), turned(k.isa, bf16, 830);
     }
     REPORT();
 }

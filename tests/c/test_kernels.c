@@ -1,7 +1,7 @@
 /* test_kernels.c - every table this CPU can run against the scalar one, to the bit, whole and tail shapes; and the scalar one
  * against double and libm. */
-#include "../../runtime/csrc/kernels.h"
-#include "harness.h"
+#include "../../runtime/csrc/migi.h"
+#include "tables.h"
 
 #include <sys/mman.h>
 
@@ -406,6 +406,50 @@ static void integers(const migi_kernels *t)
         for (int k = 1; k < 150; k += k < 40 ? 3 : 29) half_products(t, m, 1 + (m * 7 + k) % 23, k);
 }
 
+/* ---- the tables */
+
+/* No slot is empty, whether this CPU can run the table or not, and every table stands on the scalar one. */
+static void slots(void)
+{
+    for (int which = 0; which < migi_kernels_count(); which++) {
+        migi_kernels k;
+        migi_kernels_fill(&k, which);
+#define FILLED(kind, slot) CHECK(k.slot != NULL, "%s has no %s", k.isa, #slot);
+        MIGI_KERNEL_SLOTS(FILLED)
+#undef FILLED
+        CHECK(k.nr > 0 && k.nr <= MIGI_MAX_NR && k.nr_bf16 > 0 && k.nr_bf16 <= MIGI_MAX_NR && k.k_bf16 > 0 && k.k_bf16 <= 32 && k.i4_rows > 0,
+              "%s: nr %d, nr_bf16 %d, k_bf16 %d, i4_rows %d", k.isa, k.nr, k.nr_bf16, k.k_bf16, k.i4_rows);
+        CHECK(migi_kernels_named(k.isa) == which, "%s is not found by its name, or twice in the list", k.isa);
+        const migi_kernels *lowest = &k;
+        while (lowest->below) lowest = lowest->below;
+        CHECK(!strcmp(lowest->isa, "scalar"), "%s stands on %s", k.isa, lowest->isa);
+    }
+    CHECK(migi_kernels_named("vax") == -1, "a table that is not there");
+}
+
+/* The report says whose functions serve; it is cut where there is no room. */
+static void report(void)
+{
+    size_t size = migi_kernel_report(NULL, 0);
+    char *text = malloc(size + 1), small[20];
+    migi_kernels k;
+    CHECK(migi_kernel_report(text, size + 1) == size && strlen(text) == size, "%zu bytes announced, %zu written", size, strlen(text));
+    for (int which = 0; which < migi_kernels_count(); which++) {
+        migi_kernels_fill(&k, which);
+        CHECK(strstr(text, k.isa) != NULL, "%s is not in the report", k.isa);
+    }
+    const char *scalar = strstr(text, "float: scalar; bf16: scalar; int8: scalar; int4: scalar; half: scalar; rows: scalar; bf16 products as float\n");
+    CHECK(scalar && scalar < strchr(text, '\n'), "the first line is not scalar's: %s", text);
+    const char *vnni = strstr(text, "\navx512vnni ");
+    if (vnni) CHECK(strstr(vnni, "float: avx512; bf16: avx512; int8: avx512, avx512vnni; int4: avx512, avx512vnni; half: avx512; rows: avx512; "),
+                    "what serves avx512vnni: %s", vnni);
+    const char *dots = strstr(text, "\nneon-dotprod ");
+    if (dots) CHECK(strstr(dots, "float: neon; bf16: neon; int8: neon, neon-dotprod; "), "what serves neon-dotprod: %s", dots);
+    memset(small, 'x', sizeof small);
+    CHECK(migi_kernel_report(small, 10) == size && !strncmp(small, text, 9) && !small[9] && small[10] == 'x', "cut to ten bytes: %.20s", small);
+    free(text);
+}
+
 /* ---- the scalar table itself */
 
 /* fmaf of the C library rounds once; these cases are where rounding twice, through double, would not. */
@@ -471,21 +515,16 @@ static void formulas(void)
 
 int main(void)
 {
-    static const char *names[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "avx512vnni-emulated", "amx-emulated", "neon",
-                                  "neon-dotprod", "neon-i8mm"};
     static const int shapes[][3] = {{1, 1, 1}, {2, 7, 9}, {5, 16, 33}, {6, 17, 64}, {13, 31, 100}, {33, 64, 96}, {70, 45, 257}, {12, 32, 1176}, {48, 80, 96}};
-    truth = &migi_kernels_scalar;
+    migi_kernels k;
+    const migi_kernels *t = &k;
+    truth = &migi_own_scalar;
+    slots();
+    report();
     multiply_adds();
     formulas();
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        int runs;
-        const migi_kernels *t = migi_kernels_find(names[i], &runs);
-        if (!t || !runs) {
-            printf("SKIPPED %s: %s\n", names[i], t ? "this CPU cannot run it" : "not in this build");
-            skipped++;
-            continue;
-        }
-        printf("testing %s\n", names[i]);
+    for (int which = 0; next_table(&k, &which, 0);) {
+        printf("testing %s\n", t->isa);
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
             product(t, shapes[s][0], shapes[s][1], shapes[s][2], 0);
             product(t, shapes[s][0], shapes[s][1], shapes[s][2], 1);
@@ -495,7 +534,6 @@ int main(void)
         }
         integers(t);
     }
-    CHECK(migi_kernels_best() != NULL, "no kernels");
     CHECK(migi_f32_to_bf16(1.f + 1.f / 256) == 0x3f80 && migi_f32_to_bf16(1.f + 3.f / 256) == 0x3f82, "ties go to even");
     REPORT();
 }

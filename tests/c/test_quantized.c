@@ -1,5 +1,6 @@
 /* test_quantized.c - int8 and int4 weights: exact integer sums against naive loops, the same answers on every instruction
  * set, thread count and way of reading a prompt, float activations against the same weights as f32, damaged tensors. */
+#include "../../runtime/csrc/migi_measure.h"
 #include "tiny_model.h"
 
 enum { MAX_COLUMNS = 4704 };
@@ -189,14 +190,6 @@ static void few_rows(const migi_model *model, const char *isa, int fp32)
     close_rig(&r);
 }
 
-/* The same bits on every table, but for bf16 products: those round activations, and what lies next to a rounding border then
- * becomes another int8. */
-static float tolerance_of(const char *isa)
-{
-    int runs;
-    return migi_kernels_find(isa, &runs)->bf16_dots ? .1f : 0.f;
-}
-
 static void models(const weights *plain, int bits, int tied)
 {
     weights *twin_weights, *w = quantize_weights(plain, bits, &twin_weights);
@@ -210,18 +203,20 @@ static void models(const weights *plain, int bits, int tied)
     same(got, lgot, want, lwant, 2e-4f, "float activations");
     run(model, "scalar", 1, 0, want, lwant);
     ways(model, "scalar", want, lwant, .01f);
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (!runs_here(names[i])) continue;
+    migi_kernels k;
+    for (int t = 1; next_table(&k, &t, 0);) {
+        /* the same bits, but for bf16 products: those round activations, and what lies next to a border then becomes another int8 */
+        float tolerance = k.bf16_dots ? .1f : 0.f;
         for (int threads = 1; threads <= 3; threads += 2) {
-            run(model, names[i], threads, 0, got, lgot);
-            same(got, lgot, want, lwant, tolerance_of(names[i]), names[i]);
+            run(model, k.isa, threads, 0, got, lgot);
+            same(got, lgot, want, lwant, tolerance, k.isa);
         }
-        if (!tied) few_rows(model, names[i], 0), few_rows(model, names[i], 1);
+        if (!tied) few_rows(model, k.isa, 0), few_rows(model, k.isa, 1);
         float reference[NEW];
         int32_t tokens[NEW];
         run(model, "scalar", 1, 1, got, reference);
-        run(model, names[i], 2, 1, tokens, lgot);
-        same(tokens, lgot, got, reference, 0.f, names[i]);
+        run(model, k.isa, 2, 1, tokens, lgot);
+        same(tokens, lgot, got, reference, 0.f, k.isa);
     }
     migi_model_free(model), migi_model_free(twin);
     free_weights(w), free_weights(twin_weights);
@@ -388,9 +383,8 @@ static void hostile_configs(const weights *plain)
 int main(void)
 {
     weights *plain = make_weights();
-    integer_sums("scalar");
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (runs_here(names[i])) integer_sums(names[i]);
+    migi_kernels k;
+    for (int t = 0; next_table(&k, &t, 0);) integer_sums(k.isa);
     wrong_sums();
     models(plain, 8, 0), models(plain, 4, 0), models(plain, 0, 0), models(plain, 8, 1), models(plain, 4, 1);
     damaged(plain);

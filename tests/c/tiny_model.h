@@ -2,9 +2,8 @@
 #ifndef TINY_MODEL_H
 #define TINY_MODEL_H
 
-#include "../../runtime/csrc/kernels.h"
 #include "../../runtime/csrc/migi.h"
-#include "harness.h"
+#include "tables.h"
 
 enum { MAX_TENSORS = 256, PICTURE = 7 };
 
@@ -223,19 +222,6 @@ static inline void same(const int32_t *a, const float *la, const int32_t *b, con
 {
     for (int i = 0; i < NEW; i++)
         CHECK(a[i] == b[i] && fabsf(la[i] - lb[i]) <= tolerance, "%s: token %d is %d (%g), expected %d (%g)", what, i, a[i], (double)la[i], b[i], (double)lb[i]);
-}
-
-__attribute__((unused)) static const char *const names[] = {"avx2", "avx512", "avx512vnni", "avx512vnni-emulated", "avx512bf16", "amx", "amx-emulated",
-                                                                   "neon", "neon-dotprod", "neon-i8mm"};
-
-static inline int runs_here(const char *isa)
-{
-    int runs;
-    const migi_kernels *t = migi_kernels_find(isa, &runs);
-    if (t && runs) return 1;
-    printf("SKIPPED %s: %s\n", isa, t ? "this CPU cannot run it" : "not in this build");
-    skipped++;
-    return 0;
 }
 
 #endif

@@ -11,6 +11,7 @@ from PIL import Image
 
 from migician.calib import scenes
 from migician.calib.scenes import dataset, sprites
+from migician.runtime.errors import ModelFileError
 
 ALL = (*scenes.TASKS, *scenes.EASY_TASKS)
 BOX = r"<\|box_start\|>\(\d+,\d+\),\(\d+,\d+\)<\|box_end\|>"
@@ -298,13 +299,13 @@ def test_a_dataset_is_complete_or_not_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dataset.json, "dump", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ModelFileError, match="No space"):
         scenes.write_dataset(tmp_path / "set", 1, 1, tasks=["diff"])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dataset_replaces_nothing(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(ModelFileError, match="choose another folder"):
         scenes.write_dataset(tmp_path, 1, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -113,17 +113,16 @@ def test_the_engine_computes_what_the_exporter_simulated(small: Path, tmp_path, 
 
 KILLED = """
 import os, signal, sys
-from migician.export import folder
 from migician.export.cli import main
-count, write = int(sys.argv[1]), folder.write_file
-def dying(path, content):
+count, replace = int(sys.argv[1]), os.replace
+def dying(source, target):
     global count
     count -= 1
     if count == 0:
-        path.with_name(path.name + ".tmp").write_bytes(content[: len(content) // 2])
+        os.truncate(source, os.path.getsize(source) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-    write(path, content)
-folder.write_file = dying
+    replace(source, target)
+os.replace = dying
 main(sys.argv[2:])
 """
 
@@ -139,6 +138,7 @@ def test_killed_runs_go_on_and_give_the_same_bytes(small: Path, calib: Path, tmp
             [sys.executable, "-c", KILLED, str(writes), *words, str(torn), *resume], capture_output=True, check=False
         )
         assert run.returncode == -signal.SIGKILL and not torn.exists()
+        assert len(list((tmp_path / "torn.mig.partial").glob(".*.tmp"))) == 1  # those of earlier runs are swept
         resume = ["--resume"]
     refused = CliRunner().invoke(command, [*words, str(torn)])
     assert "--resume" in str(refused.exception)

@@ -121,7 +121,7 @@ def test_the_engine_sums_as_torch_does_bit_for_bit(kind: str, rows: int, columns
     w, x = _random(rows, columns, spread=0.02), _random(tokens, columns, seed=9) * 3
     x[-1] *= 1e-33 if tokens > 2 else 1
     grid = row_grid(kind, w, 128)
-    fitted = Fitted(grid.round(w), grid, {})
+    fitted = Fitted(grid.round(w), grid)
     stored = {name: _stored(name, tensor) for name, tensor in pack("m", fitted).items()}
     pool = engine.Pool(2)
     sums, scales = engine.integer_sums(pool, stored["m.weight"], stored.get("m.weight_group"), x.numpy())
@@ -148,7 +148,8 @@ def test_a_fitter_applies_what_it_fitted() -> None:
     assert all(torch.equal(same.stored[name], tensor) for name, tensor in fitter.stored.items())
     torch.testing.assert_close(same.apply("a", x), fitter.apply("a", x))
     report = fitter.fitted["a"].report
-    assert report["output_error"] < report["rtn_output_error"] < 0.2
+    assert report is not None and report.output_error < report.rtn_output_error < 0.2
     unseen = Fitter({"a.weight": w}, {"a": "int8"}, 128)
     unseen.fit(["a"], None)
-    assert unseen.fitted["a"].report["output_error"] is None and unseen.fitted["a"].report["weight_error"] < 0.01
+    report = unseen.fitted["a"].report
+    assert report is not None and report.output_error is None and report.weight_error < 0.01

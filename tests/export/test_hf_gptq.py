@@ -11,10 +11,12 @@ import pytest
 from checkpoints import make_checkpoint
 from PIL import Image
 from quantized import as_tensor, default_policy, dequantize, make_quantized, quantize
+from reference import draw, reference_logprobs
 
-from migician.export.formats import gptq as hf_gptq
-from migician.export.formats.gptq import CHAT_TEMPLATE, write_gptq
+from migician.export.formats import gptq, hf_folder
+from migician.export.formats.gptq import write_gptq
 from migician.runtime.errors import ModelFileError, UnsupportedError
+from migician.runtime.files.chat_template import CHAT_TEMPLATE
 from migician.runtime.files.checkpoint import Checkpoint, derive
 from migician.runtime.files.open import open_checkpoint
 from migician.runtime.files.quantization import Quantization
@@ -120,7 +122,6 @@ def test_types_shapes_and_settings_are_those_of_the_format(written):
 def test_log_probabilities_are_those_of_the_engine(written, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers is the reference; install the [test] extra")
     transformers = pytest.importorskip("transformers")
-    from test_parity import draw, reference_logprobs
 
     from migician.runtime.image import load_picture
     from migician.runtime.model import load
@@ -188,7 +189,8 @@ def mig(source, tmp_path_factory) -> Path:
 def test_the_size_of_a_piece_does_not_show(mig, tmp_path, monkeypatch, chunk):
     with open_checkpoint(mig) as checkpoint:
         write_gptq(checkpoint, tmp_path / "whole")
-        monkeypatch.setattr(hf_gptq, "_CHUNK", chunk)
+        monkeypatch.setattr(gptq, "CHUNK", chunk)
+        monkeypatch.setattr(hf_folder, "CHUNK", chunk)
         write_gptq(checkpoint, tmp_path / "pieces")
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "pieces" / file.name).read_bytes(), file.name
@@ -319,7 +321,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(mig, tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(hf_gptq.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with open_checkpoint(mig) as checkpoint, pytest.raises(ModelFileError) as caught:
         write_gptq(checkpoint, tmp_path / "out")
     assert "No space left" in str(caught.value) and "\n" not in str(caught.value)

@@ -1,15 +1,19 @@
 """The report page: sound HTML that loads nothing and is true to its figures; charts whose words do not collide."""
 
+import dataclasses
+import json
 import math
+import os
 import re
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 from html_page import Page
 
-from migician.export.report import iou_change, render_report, write_report
+from migician.export.page import iou_change, render_report, write_report
+from migician.export.report import Accuracy, Coverage, Layer, Made, Report, Size
 from migician.runtime.errors import ModelFileError
 from migician.runtime.report.charts import Line, bar, bounds, line_chart, shares
 
@@ -17,25 +21,23 @@ MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" fo
 BLOCKS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def make_layers(layers: int, depth: int, *, calibrated: bool = True) -> list[dict[str, Any]]:
+def make_layers(layers: int, depth: int, *, calibrated: bool = True) -> list[Layer]:
     names = [f"visual.blocks.{i}.{module}" for i in range(depth) for module in BLOCKS]
     names += [f"model.layers.{i}.{module}" for i in range(layers) for module in MODULES]
     entries = [
-        {
-            "name": name,
-            "kind": "int8" if name.startswith("visual") else "int4",
-            "shape": [64, 128],
-            "weight_error": 0.05 + 0.001 * i,
-            "output_error": 0.02 + 0.0001 * i if calibrated else None,
-            "rtn_weight_error": 0.045 + 0.001 * i,
-            "rtn_output_error": 0.03 + 0.0001 * i if calibrated else None,
-            "damping": 0.01,
-        }
+        Layer(
+            name=name,
+            kind="int8" if name.startswith("visual") else "int4",
+            shape=(64, 128),
+            weight_error=0.05 + 0.001 * i,
+            output_error=0.02 + 0.0001 * i if calibrated else None,
+            rtn_weight_error=0.045 + 0.001 * i,
+            rtn_output_error=0.03 + 0.0001 * i if calibrated else None,
+            damping=0.01,
+        )
         for i, name in enumerate(names)
     ]
-    unknown = dict.fromkeys(("weight_error", "output_error", "rtn_weight_error", "rtn_output_error", "damping"))
-    entries.append({"name": "visual.patch_embed.proj", "kind": "bf16", "shape": [64, 1176], **unknown})
-    return entries
+    return [*entries, Layer("visual.patch_embed.proj", "bf16", (64, 1176))]
 
 
 def side(shift: float, *, scores: bool = True) -> dict[str, Any]:
@@ -45,8 +47,9 @@ def side(shift: float, *, scores: bool = True) -> dict[str, Any]:
     return {"mean": mean, "tasks": tasks, **({"scores": asked} if scores else {})}
 
 
-def make_report(count: int = 28, depth: int = 32, **changes: Any) -> dict[str, Any]:
-    report = {
+def make_report(count: int = 28, depth: int = 32, **changes: Any) -> Report:
+    """changes: of any field, wherever in the report it is."""
+    fields: dict[str, Any] = {
         "model": "Migician & <b>co</b>",
         "mode": "int4",
         "rotated": True,
@@ -55,22 +58,24 @@ def make_report(count: int = 28, depth: int = 32, **changes: Any) -> dict[str, A
         "bits_per_weight": 5.03,
         "parts": {"vision": 690_000_000, "language model": 3_430_000_000, "head": 1_090_000_000, "other": 0},
         "layers": make_layers(count, depth),
-        "calibration": {
-            "source": "scenes <drawn>",
-            "samples": 128,
-            "seed": 7,
-            "sha256": "ab" * 32,
-            "tasks": {"region": 100, "diff <1>": 28},
-            "pictures": {"10": 2, "2": 126},
-            "visual_tokens": 98_112,
-            "text_tokens": 17_210,
-        },
-        "accuracy": {"per_task": 2, "before": side(0.0), "after": side(-0.1)},
+        "calibration": Coverage(
+            source="scenes <drawn>",
+            samples=128,
+            seed=7,
+            sha256="ab" * 32,
+            tasks={"region": 100, "diff <1>": 28},
+            pictures={"10": 2, "2": 126},
+            visual_tokens=98_112,
+            text_tokens=17_210,
+        ),
+        "accuracy": Accuracy(2, side(0.0), side(-0.1)),
         "seconds": 9412.0,
         "peak_rss_mb": 6100.0,
         "machine": 'EPYC "Milan" <16>',
+        **changes,
     }
-    return {**report, **changes}
+    parts = {kind: {f.name: fields.pop(f.name) for f in dataclasses.fields(kind)} for kind in (Made, Size)}
+    return Report(made=Made(**parts[Made]), size=Size(**parts[Size]), **fields)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -81,10 +86,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deep": {"layers": make_layers(80, 32)},
     "no layers": {"layers": []},
     "nothing quantized": {"layers": make_layers(0, 0)},
-    "no scores": {"accuracy": {"per_task": 2, "before": side(0, scores=False), "after": side(-0.1, scores=False)}},
+    "no scores": {"accuracy": Accuracy(2, side(0, scores=False), side(-0.1, scores=False))},
     "larger": {"weights": 100, "bytes": 400, "parts": {}},
-    "errors of zero": {"layers": [{**layer, "output_error": 0.0} for layer in make_layers(3, 2)]},
-    "odd errors": {"layers": [{**layer, "output_error": math.nan} for layer in make_layers(3, 2)]},
+    "errors of zero": {"layers": [replace(layer, output_error=0.0) for layer in make_layers(3, 2)]},
+    "odd errors": {"layers": [replace(layer, output_error=math.nan) for layer in make_layers(3, 2)]},
 }
 
 
@@ -129,20 +134,21 @@ def test_one_chart_for_each_kind_of_module(layers, depth, charts):
 
 def test_the_worst_ten_are_in_order():
     layers = make_layers(28, 0)
-    layers[5]["output_error"], layers[90]["output_error"] = 0.9, 0.8
+    for index, error in ((5, 0.9), (90, 0.8)):
+        layers[index] = replace(layers[index], output_error=error)
     text = render_report(make_report(layers=layers))
     table = text[text.index("The ten largest errors") :].split("</table>")[0]
     names = [re.sub("<wbr>", "", name) for name in re.findall("<code>(.*?)</code>", table)]
     assert len(names) == 10
-    assert names[:3] == [layers[5]["name"], layers[90]["name"], layers[195]["name"]]
+    assert names[:3] == [layers[5].name, layers[90].name, layers[195].name]
     errors = [float(value) for value in re.findall(r'<td class="num">([\d.]+) %</td>', table)[::4]]
     assert errors == sorted(errors, reverse=True) and errors[0] == 90.0
 
 
 def test_layers_unlike_their_siblings_are_named_and_ringed():
     layers = make_layers(4, 1)
-    odd = next(layer for layer in layers if layer["name"] == "model.layers.2.mlp.down_proj")
-    odd["kind"] = "int8"
+    odd = next(i for i, layer in enumerate(layers) if layer.name == "model.layers.2.mlp.down_proj")
+    layers[odd] = replace(layers[odd], kind="int8")
     text = render_report(make_report(layers=layers))
     assert text.count('class="dot after ring"') == 1
     policy = Page(text).words.split("Policy")[1]
@@ -154,12 +160,12 @@ def test_the_interval_is_that_of_paired_questions():
     tasks = {"a": {"n": 4}, "b": {"n": 2}}
     before = {"mean": {"iou": 0.5}, "tasks": tasks, "scores": {"a": [0.5] * 4, "b": [0.2, 0.8]}}
     after = {"mean": {"iou": 0.4}, "tasks": tasks, "scores": {"a": [0.5, 0.3, 0.5, 0.3], "b": [0.1, 0.7]}}
-    change, half, questions = iou_change({"before": before, "after": after})
+    change, half, questions = iou_change(Accuracy(4, before, after))
     # task a: gaps 0, -.2, 0, -.2: variance .04/3, over 4; task b: gaps alike, none; two tasks
     assert math.isclose(change, -0.1) and questions == 6
     assert half is not None and math.isclose(half, 1.96 * math.sqrt(0.04 / 3 / 4) / 2)
     for broken in ({"a": [0.5] * 4}, {"a": [0.5] * 3, "b": [0.1, 0.7]}, {"a": [0.5] * 4, "b": [0.1]}, None):
-        assert iou_change({"before": before, "after": {**after, "scores": broken}})[1] is None
+        assert iou_change(Accuracy(4, before, {**after, "scores": broken}))[1] is None
 
 
 def test_a_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -167,18 +173,30 @@ def test_a_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     write_report(path, make_report())
     first = path.read_bytes()
     assert first.decode() == render_report(make_report())
-    with pytest.raises(KeyError):
-        write_report(path, {"model": "x"})
     with pytest.raises(ModelFileError, match="cannot be written"):
         write_report(tmp_path / "nowhere" / "report.html", make_report())
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ModelFileError, match="No space left"):
         write_report(path, make_report(model="other"))
     assert path.read_bytes() == first and [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_file_says_what_was_made_and_nothing_of_the_machine():
+    layer = Layer("lm_head", "int8", (64, 128), 0.25, rtn_weight_error=0.5, damping=0.0)
+    made = Made("nano", "int8", False, [layer], make_report().made.calibration)
+    assert made.to_text() == (
+        '{"calibration": {"pictures": {"10": 2, "2": 126}, "samples": 128, "seed": 7, "sha256": "' + "ab" * 32 + '", '
+        '"source": "scenes <drawn>", "tasks": {"diff <1>": 28, "region": 100}, "text_tokens": 17210, '
+        '"visual_tokens": 98112}, "layers": [{"damping": 0.0, "kind": "int8", "name": "lm_head", "output_error": null, '
+        '"rtn_output_error": null, "rtn_weight_error": 0.5, "shape": [64, 128], "weight_error": 0.25}], '
+        '"mode": "int8", "model": "nano", "rotated": false}'
+    )
+    assert json.loads(replace(made, layers=[], calibration=None).to_text())["calibration"] is None
+    assert Layer(**layer.to_dict()) == layer
 
 
 # ------------------------------------------------------------------------------------------------------------ charts

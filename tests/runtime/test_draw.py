@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from fontfile import make_font
 from PIL import Image
 
 from migician.runtime.boxes import Box
-from migician.runtime.draw import contact_sheet
+from migician.runtime.draw import _wrap, contact_sheet
+from migician.runtime.fonts import Lettering
 
 RED = (230, 25, 75)  # the first colour of the palette
 
@@ -64,11 +66,40 @@ def test_any_number_of_pictures(count):
         [box(0, (0, 0, 3, 3), "words " * 60, 0.5)],
         [box(0, (0, 0, 3, 3), "日本語 \U0001f600", 0.5)],
         [box(0, (1, 1, 9, 9), f"label {i}") for i in range(30)],
+        [box(0, (1, 1, 9, 9), "two\nlines\x00\x1b[0m\t\u202e\u2028")],
+        [box(0, (1, 1, 9, 9), "\ud83d half a letter")],
+        [box(0, (1, 1, 9, 9), "x" * 200_000), box(0, (1, 1, 9, 9), "杯" * 200_000)],
     ],
 )
 def test_odd_boxes(boxes):
     for size in ((1, 1), (10, 10), (1, 180), (180, 1)):
         assert contact_sheet([gray(*size)], boxes, title="w" * 300).width > 0
+
+
+@pytest.mark.parametrize("title", ["word " * 40_000, "w" * 200_000, "杯子" * 100_000, "a\nb\n" * 9_000])
+def test_a_long_title_is_cut(title):
+    plain, titled = contact_sheet([gray(200, 200)], []), contact_sheet([gray(200, 200)], [], title=title)
+    assert plain.height + 60 < titled.height < plain.height + 8 * 32 + 20
+
+
+def test_chinese_fills_its_lines(monkeypatch, tmp_path):
+    """It has no spaces to cut at: a line ends where it is full, after Latin words as well."""
+    monkeypatch.setenv("MIGICIAN_FONT", str(make_font(tmp_path / "block.ttf", "杯子")))
+    lettering = Lettering(24)
+    lines = _wrap("Where is " + "杯子" * 30, lettering, 432)
+    assert "".join(lines) == "Where is " + "杯子" * 30
+    assert all(432 - 24 < lettering.length(line) <= 432 for line in lines[:-1])
+    assert _wrap("the cup and the saucer", lettering, 120) == ["the cup", "and the", "saucer"]
+
+
+def test_labels_of_other_scripts_are_drawn(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIGICIAN_FONT", str(make_font(tmp_path / "block.ttf", "杯子")))
+    sheet = np.asarray(contact_sheet([gray(200, 200)], [box(0, (50, 80, 150, 150), "杯子 cup", 0.5)], title="杯子"))
+    ink = (sheet == (29, 33, 41)).all(-1)[:60]  # the title: two blocks
+    assert ink.sum() == pytest.approx(2 * (24 * 0.8) ** 2, rel=0.15)
+    rows, columns = np.nonzero((sheet == RED).all(-1))
+    patch = sheet[rows.min() : rows.max(), columns.min() : columns.max()]
+    assert ((patch == 255).all(-1)).sum() > 2 * 13**2  # white blocks on the label's red
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])

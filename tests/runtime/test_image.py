@@ -1,14 +1,19 @@
 """Pictures: resize and patches equal to transformers' PIL processor, every mode of Pillow, hostile files."""
 
 import io
+import os
 import random
 import struct
+import threading
+import time
+import warnings
 import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import chunk, encoded, noise, pixels
+from PIL import Image, ImageFile, PngImagePlugin
 
 from migician.runtime.errors import ImageError, MigicianError, ModelFileError, UnsupportedError
 from migician.runtime.files.config import Preprocessor
@@ -17,20 +22,7 @@ from migician.runtime.image import content_key, load_picture, open_picture, patc
 PRE = Preprocessor(min_pixels=56 * 56, max_pixels=28 * 28 * 300)
 
 
-def noise(height, width, channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
-
-
-def encoded(image, form="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def png_header(width, height, depth=8, colour=2):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     size = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
@@ -296,6 +288,109 @@ def test_wrong_sources(tmp_path):
             open_picture(source)
     with pytest.raises(ImageError, match=r"left\.png"):
         open_picture(b"", name="left.png")
+
+
+def closed_images(path, data):
+    """Ways to lose the file behind an image that Pillow has only opened."""
+    path.write_bytes(data)
+    with Image.open(path) as left:
+        pass
+    yield left
+    closed = Image.open(path)
+    closed.close()
+    yield closed
+    with open(path, "rb") as file:
+        under = Image.open(file)
+    yield under
+    buffer = io.BytesIO(data)
+    image = Image.open(buffer)
+    buffer.close()
+    yield image
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF"])
+def test_an_image_whose_file_was_closed_says_so(tmp_path, form):
+    data = encoded(Image.fromarray(noise(40, 60)), form)
+    for image in closed_images(tmp_path / "a", data):
+        assert content_key(image) == b""
+        with pytest.raises(ImageError, match=r"closed before its pixels were read; call load\(\)") as caught:
+            open_picture(image)
+        assert "\n" not in str(caught.value)
+    with Image.open(tmp_path / "a") as image:
+        image.load()
+    assert np.array_equal(np.asarray(open_picture(image)), pixels(data))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "progressive JPEG", "TIFF", "GIF", "BMP"])
+def test_a_file_that_is_cut_off_says_so(form):
+    options = {"progressive": True} if " " in form else {}
+    data = encoded(Image.fromarray(noise(200, 200)), form.split()[-1], **options)
+    for source in (data[: len(data) // 2], Image.open(io.BytesIO(data[: len(data) // 2]))):
+        with pytest.raises(ImageError, match="cut off before its end"):
+            open_picture(source)
+
+
+def test_several_pictures_in_a_file_show_their_first():
+    first, second = Image.fromarray(noise(40, 60)), Image.fromarray(noise(30, 20))
+    jpeg = encoded(first, "JPEG")
+    assert np.array_equal(
+        np.asarray(open_picture(encoded(first, "MPO", save_all=True, append_images=[second]))), pixels(jpeg)
+    )
+    pages = Image.open(io.BytesIO(encoded(first.copy(), "TIFF", save_all=True, append_images=[second.copy()])))
+    assert np.array_equal(np.asarray(open_picture(pages)), np.asarray(first))
+    pages.seek(1)
+    assert np.array_equal(np.asarray(open_picture(pages)), np.asarray(second))
+
+
+def test_deep_gray_of_every_byte_order():
+    ramp = np.array([[0, 257, 32768, 65535]], np.uint16)
+    for mode, order in (("I;16", "<"), ("I;16L", "<"), ("I;16B", ">")):
+        image = Image.frombytes(mode, (4, 1), ramp.astype(f"{order}u2").tobytes())
+        assert np.asarray(open_picture(image))[0, :, 0].tolist() == [0, 1, 128, 255], mode
+
+
+def test_threads_leave_warnings_and_limits_as_they_were(monkeypatch):
+    data = encoded(Image.new("RGB", (12, 12)), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, Image.MAX_IMAGE_PIXELS
+    filters, inside = list(warnings.filters), threading.Barrier(8)
+    load = ImageFile.ImageFile.load
+
+    def together(image):
+        if image.tile:
+            inside.wait(20)
+            time.sleep(random.random() / 50)  # so that they leave in another order than they came
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", together)
+    threads = [threading.Thread(target=open_picture, args=(data,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == filters
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, Image.MAX_IMAGE_PIXELS)
+
+
+def test_a_child_forked_while_a_thread_decodes_can_decode(monkeypatch):
+    data, begun, go_on = encoded(Image.new("RGB", (12, 12))), threading.Event(), threading.Event()
+    filters, load = list(warnings.filters), ImageFile.ImageFile.load
+
+    def wait(image):
+        begun.set()
+        go_on.wait(20)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", wait)
+    thread = threading.Thread(target=open_picture, args=(data,))
+    thread.start()
+    begun.wait(20)
+    child = os.fork()
+    if not child:
+        monkeypatch.undo()
+        os._exit(not (warnings.filters == filters and open_picture(data).size == (12, 12)))
+    go_on.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0 and warnings.filters == filters
 
 
 def test_odd_shapes():

@@ -4,12 +4,11 @@ transformers is driven by itself here, from its own reading of the folder to its
 torch: that one shares its prompts, pixels and positions with the native engine.
 """
 
-from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint
-from PIL import Image
+from reference import draw, reference_logprobs
 
 from migician.runtime.backends.native import Pool, Session, Weights, positions
 from migician.runtime.backends.native import patchify as core_patchify
@@ -63,25 +62,6 @@ def pair(request, tmp_path_factory):
     reference = transformers.Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     with load(folder, precision="fp32") as model:
         yield model, reference, folder
-
-
-def draw(sizes, seed=0):
-    rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)) for w, h in sizes]
-
-
-def reference_logprobs(reference, folder: Path, ids, pictures):
-    """f32[len(ids), vocab] by transformers' own picture path and forward."""
-    inputs = {"input_ids": torch.tensor([ids])}
-    if pictures:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        got = processor(images=pictures, return_tensors="pt")
-        inputs |= {"pixel_values": got["pixel_values"], "image_grid_thw": got["image_grid_thw"]}
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == reference.config.image_token_id).int()
-    with torch.no_grad():
-        return torch.log_softmax(reference(**inputs).logits[0].float(), -1).numpy()
 
 
 @pytest.mark.parametrize("pictures", list(SETS))

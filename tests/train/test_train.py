@@ -1,7 +1,9 @@
 """nano's recipe: same maths as transformers, same ids as the runtime's tokenizer, resumable to the same weights."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ pytest.importorskip("yaml")
 from click.testing import CliRunner  # noqa: E402
 
 from migician.calib.scenes import EASY_TASKS, TASKS, sample, texts  # noqa: E402
+from migician.runtime.errors import MigicianError  # noqa: E402
+from migician.runtime.files.chat_template import CHAT_TEMPLATE  # noqa: E402
 from migician.runtime.files.open import open_checkpoint  # noqa: E402
 from migician.runtime.image import smart_resize  # noqa: E402
 from migician.runtime.prompt import Vocabulary as RuntimeVocabulary  # noqa: E402
@@ -224,6 +228,52 @@ def test_a_state_starts_another_run_and_exports(tmp_path, vocabulary):
             assert set(checkpoint.tensors) == {published_name(n) for n in state.model}
             assert checkpoint.repetition_penalty == 1.0
             assert checkpoint.config.eos_tokens == (vocabulary.ids["<|im_end|>"],)
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    run = Trainer(settings(tmp_path))
+    run.save()
+    before = (tmp_path / "last.pt").read_bytes()
+    run.step = 1
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(MigicianError, match=r"last\.pt: cannot be written \(No space left"):
+            run.save()
+        stage = {"name": "vision", "steps": 1, "tasks": {"diff": 1}, "batch": 2, "vision_only": True, "warmup": 1}
+        small = {"threads": 1, "workers": 0, "device": "cpu", "model": SMALL.to_dict(), "stages": [stage]}
+        (tmp_path / "small.yaml").write_text(json.dumps(small))  # which is YAML too
+        result = CliRunner().invoke(main, [str(tmp_path / "small.yaml"), f"out={tmp_path}/other"])
+    assert result.exit_code == 1 and "cannot be written (No space left" in result.output
+    assert "Traceback" not in result.output
+    assert (tmp_path / "last.pt").read_bytes() == before
+    (tmp_path / ".last.pt.0123456789abcdef.tmp").write_bytes(before)  # as a kill leaves it
+    assert Trainer(settings(tmp_path)).step == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_transformers_builds_the_prompts_of_this_runtime(tmp_path, vocabulary):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("jinja2")
+    state = State(replace(SMALL, vocab=320), vocabulary.pieces, jittered(SMALL).state_dict())
+    export_folder(state, tmp_path / "hf")
+    export_folder(state, tmp_path / "hf")  # again, over the one that is there
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = [
+        {"role": "user", "content": [*[{"type": "image"}] * 2, {"type": "text", "text": "find the red circle"}]},
+        {"role": "assistant", "content": "It is in the second image."},
+        {"role": "user", "content": "and the blue one?"},
+    ]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    history = [("find the red circle", "It is in the second image.")]
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        want = build_prompt(RuntimeVocabulary(checkpoint.tokenizer_json), "and the blue one?", [1, 1], history=history)
+    assert tokenizer(rendered)["input_ids"] == want
+    template = json.loads((tmp_path / "hf" / "chat_template.json").read_text())["chat_template"]
+    assert template == CHAT_TEMPLATE and tokenizer.chat_template == template
 
 
 def test_any_square_picture_gets_the_training_grid(tmp_path, vocabulary):

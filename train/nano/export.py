@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+from ...runtime.files.chat_template import CHAT_TEMPLATE
+from ...runtime.files.config import CLIP_MEAN, CLIP_STD
+from ...runtime.files.write import whole_file
 from .model import NanoConfig
 from .state import State, load_state
 from .vocabulary import IMAGE, PAD, SPECIAL, VISION_END, VISION_START, Vocabulary
@@ -18,15 +21,6 @@ __all__ = ["export_folder", "export_mig"]
 # Any square picture becomes 7 x 7 cells of 28 px, as in training; other shapes about as many.
 _MIN_PIXELS, _MAX_PIXELS = 36000, 40000
 _END = SPECIAL.index("<|im_end|>")
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def hf_config(c: NanoConfig) -> dict[str, Any]:
@@ -53,8 +47,8 @@ def _preprocessor() -> dict[str, Any]:
     return {
         "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor",
         "min_pixels": _MIN_PIXELS, "max_pixels": _MAX_PIXELS, "patch_size": 14, "temporal_patch_size": 2,
-        "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "merge_size": 2, "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }  # fmt: skip
 
 
@@ -62,7 +56,7 @@ def _tokenizer_config() -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<|unk|>", "pad_token": "<|endoftext|>",
         "eos_token": "<|im_end|>", "clean_up_tokenization_spaces": False, "model_max_length": 4096,
-        "extra_special_tokens": {"image_token": "<|image_pad|>"}, "chat_template": _CHAT_TEMPLATE,
+        "extra_special_tokens": {"image_token": "<|image_pad|>"}, "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
 
 
@@ -72,25 +66,29 @@ def published_name(name: str) -> str:
 
 
 def export_folder(state: State, folder: Path) -> None:
-    """Writes a Hugging Face folder, weights in bf16, loadable by transformers and by migician alike."""
-    import torch
-    from safetensors.torch import save_file
+    """Writes a Hugging Face folder, weights in bf16, loadable by transformers and by migician alike.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = Vocabulary(state.pieces)
+    Each of its files is whole at any moment. Raises ModelFileError where they cannot be written.
+    """
+    import torch
+    from safetensors.torch import save
+
     generation = {"do_sample": False, "repetition_penalty": 1.0, "bos_token_id": PAD, "pad_token_id": PAD}
     texts = {
         "config.json": hf_config(state.config),
         "generation_config.json": {**generation, "eos_token_id": [_END]},
         "preprocessor_config.json": _preprocessor(),
         "tokenizer_config.json": _tokenizer_config(),
-        "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }
-    for name, value in texts.items():
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(vocabulary.tokenizer_json(), encoding="utf-8")
     weights = {published_name(name): t.to(torch.bfloat16).contiguous() for name, t in state.model.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in texts.items()}
+    files["tokenizer.json"] = Vocabulary(state.pieces).tokenizer_json().encode()
+    files["model.safetensors"] = save(weights, {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        with whole_file(folder / name) as file:
+            file.write(content)
 
 
 def export_mig(folder: Path, path: Path, extra: dict[str, str] | None = None) -> None:

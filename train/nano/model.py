@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...runtime.files.config import CLIP_MEAN, CLIP_STD
 from .vocabulary import IMAGE, VISION_START
 
 __all__ = ["NanoConfig", "NanoModel", "patchify", "position_init"]
 
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+_MEAN = torch.tensor(CLIP_MEAN)
+_STD = torch.tensor(CLIP_STD)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from ...runtime.files.write import whole_file
 from .model import NanoConfig
 
 __all__ = ["State", "load_state", "save_state"]
@@ -33,20 +33,14 @@ class State:
 
 
 def save_state(path: str | os.PathLike[str], state: State, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a state; it appears under its name complete or not at all."""
-    path = Path(path)
+    """Writes a state; it appears under its name complete or not at all. Raises ModelFileError where it cannot."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.items()}
     tensors.update({f"heads.{name}": tensor for name, tensor in state.heads.items()})
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     words = {"config": state.config.to_dict(), "pieces": state.pieces, "history": state.history}
     metadata = {"format": _FORMAT, **{key: json.dumps(value) for key, value in words.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(0o644)  # safetensors makes it private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(save(tensors, metadata))
 
 
 def load_state(path: str | os.PathLike[str]) -> State:

@@ -2,15 +2,15 @@
 
 A run lives in a folder:
 
-    last.pt            weights, heads, optimizers and counters; written beside itself and renamed
+    last.pt            weights, heads, optimizers and counters; whole at any moment
     metrics.jsonl      one JSON object per line
     STAGE.safetensors  the state after each finished stage, what export.py takes
 
 Batches are functions of (seed, number), so a run that was cut off goes on to the same weights as one that was not.
 """
 
+import io
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ...calib.scenes import Sample, iter_batches, texts
+from ...runtime.files.write import remove_leftovers, whole_file
 from .losses import DEFAULT_WEIGHTS, Heads, Measured, measure
 from .model import NanoModel, position_init
 from .muon import Muon
@@ -57,6 +58,7 @@ class Trainer:
         self.device = torch.device(auto if settings.device == "auto" else settings.device)
         self.folder = Path(settings.out)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         names = [stage.name for stage in settings.stages]
         self.stage = names.index(settings.first) if settings.first else 0
         self.step, self.sets, self.seconds = 0, 0, 0.0
@@ -104,9 +106,10 @@ class Trainer:
             "stage": self.stage, "step": self.step, "sets": self.sets, "seconds": self.seconds,
             "history": self.history, "config": self.model.config.to_dict(), "pieces": self.vocabulary.pieces,
         }  # fmt: skip
-        temporary = self.folder / "last.pt.tmp"
-        torch.save(content, temporary)
-        os.replace(temporary, self.folder / "last.pt")
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # on its own it would say "unexpected pos" of a full disk
+        with whole_file(self.folder / "last.pt", advice="free some space and run the same command again") as file:
+            file.write(buffer.getbuffer())
 
     # ---- run
     def run(self) -> bool:

@@ -8,6 +8,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+from ...runtime.files.chat_template import SYSTEM_TURN
+
 __all__ = ["ASSISTANT", "SPECIAL", "SYSTEM", "UNKNOWN", "Vocabulary"]
 
 SPECIAL = (
@@ -16,7 +18,7 @@ SPECIAL = (
 )  # fmt: skip
 IMAGE, VISION_START, VISION_END, PAD, UNKNOWN = (SPECIAL.index(f"<|{name}|>") for name in (
     "image_pad", "vision_start", "vision_end", "endoftext", "unk"))  # fmt: skip
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+SYSTEM = SYSTEM_TURN + "<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 _WORDS = r"[0-9]| ?[A-Za-z]+|\s|[^\w\s]"

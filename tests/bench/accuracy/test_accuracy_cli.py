@@ -9,6 +9,7 @@ from accuracy_data import FORMAT, INVERTED, RECORDS, truth, write_answers, write
 
 from migician.bench.accuracy import models
 from migician.bench.cli import main
+from migician.bench.engines import Answered
 from migician.calib.scenes.mig_bench import write_mig_bench
 
 TRUTHS = {i: truth(record) for i, record in enumerate(RECORDS)}
@@ -18,14 +19,14 @@ FIGURES = {"n", "acc@0.7", "acc@0.5", "acc@0.3", "mean_iou", "unparsed"}
 class Fake:
     """Answers with a box made of its question."""
 
-    asked = 0
+    asked, versions = 0, {"fake": "1"}
 
     def __init__(self, name: str, family: str) -> None:
         self.name, self.family, self.closed = name, family, False
 
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> Answered:
         type(self).asked += 1
-        return f"(10,10),({300 + len(text)},{400 + len(images)})"
+        return Answered(f"(10,10),({300 + len(text)},{400 + len(images)})")
 
     def close(self) -> None:
         self.closed = True
@@ -100,6 +101,14 @@ def test_the_scaling_follows_the_family(tmp_path: Path, bench) -> None:
     labelled = write_answers(tmp_path / "a.jsonl", TRUTHS, run="a model qwen2_vl direct auto side=native data=0")
     thought = write_answers(tmp_path / "b.jsonl", TRUTHS, run="m migician cot auto side=native data=0")
     plain = write_answers(tmp_path / "c.jsonl", TRUTHS, run="by hand, in one of many ways")
+    objects = {
+        "none": [{"family": "qwen2_vl", "mode": "direct"}, {"family": "migician", "mode": "cot-upstream", "more": 1}],
+        "published": [{"family": "migician", "mode": "bare"}, {"family": "nobody's"}, {"family": 3}, {}, 7, [], None],
+    }
+    for rule, runs in objects.items():
+        for run in runs:
+            answers = write_answers(tmp_path / "d.jsonl", TRUTHS, run=run)
+            assert json.loads(bench("accuracy", "--data", data, "--answers", answers)[1][-1])["y_scale"] == rule, run
     assert json.loads(bench("accuracy", "--data", data, "--answers", labelled)[1][-1])["y_scale"] == "none"
     assert json.loads(bench("accuracy", "--data", data, "--answers", thought)[1][-1])["y_scale"] == "none"
     assert json.loads(bench("accuracy", "--data", data, "--answers", plain)[1][-1])["y_scale"] == "published"
@@ -173,7 +182,7 @@ def test_a_shard_is_the_same_whatever_is_missing(tmp_path: Path, bench, fake: ty
 def test_an_interrupted_run_says_how_it_goes_on(
     tmp_path: Path, bench, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> str:
+    def stop(*_: object) -> Answered:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Fake, "answer", stop)
@@ -209,7 +218,7 @@ def test_published_questions_get_the_published_format_and_drawn_ones_none(
     texts: list[str] = []
     answer = Fake.answer
 
-    def listen(self: Fake, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+    def listen(self: Fake, images: Sequence[Path], text: str, max_new_tokens: int) -> Answered:
         texts.append(text)
         return answer(self, images, text, max_new_tokens)
 
@@ -224,6 +233,46 @@ def test_published_questions_get_the_published_format_and_drawn_ones_none(
         texts.clear()
         assert bench("accuracy", "--drawn", 1, "--tasks", "diff", "--model", "m", *words)[0] == 0
         assert [text.endswith(FORMAT) for text in texts] == [ends]
+
+
+RUN = {"model": "a model", "family": "migician", "mode": "direct", "precision": "auto", "max_side": 64}
+
+
+def test_a_line_says_in_json_which_run_it_is_of(tmp_path: Path, bench, fake: type[Fake]) -> None:
+    data, out = write_data(tmp_path, pictures=True), tmp_path / "a.jsonl"
+    assert bench("accuracy", "--data", data, "--model", "a model", "--max-side", 64, "--out", out)[0] == 0
+    found = {json.dumps(json.loads(line)["run"]) for line in out.read_text().splitlines()}
+    (run,) = map(json.loads, found)
+    assert {key: run[key] for key in RUN} == RUN and len(run["data"]) > 7
+    assert set(run) == {*RUN, "data", "backend"}
+
+
+def test_answers_of_an_older_release_are_gone_on_with(tmp_path: Path, bench, fake: type[Fake]) -> None:
+    """Its lines say in words which run they are of; a model's name may hold spaces too."""
+    ask = ("accuracy", "--data", write_data(tmp_path, pictures=True), "--max-side", 64, "--model", "a model")
+    whole = json.loads(bench(*ask, "--out", tmp_path / "new.jsonl")[1][-1])
+    lines = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    old = f"a model migician direct auto side=64 data={lines[0]['run']['data']}"
+    half = "".join(json.dumps({**line, "run": old}) + "\n" for line in lines[:7])
+    (tmp_path / "old.jsonl").write_text(half)
+    fake.asked = 0
+    assert json.loads(bench(*ask, "--out", tmp_path / "old.jsonl")[1][-1]) == whole and fake.asked == 8
+    (tmp_path / "old.jsonl").write_text(half)
+    parts = (tmp_path / "old.jsonl", tmp_path / "new.jsonl")
+    for files in (parts, parts[::-1]):
+        merged = json.loads(bench(ask[0], *ask[1:3], "--merge", *files)[1][-1])
+        assert merged["ave"] == whole["ave"]
+    status, _, err = bench(*ask[:-1], "model", "--out", tmp_path / "old.jsonl")
+    assert status == 1 and f"holds answers of {old}, this run is model migician direct auto side=64" in err
+
+
+def test_a_part_of_another_run_is_told_in_words(tmp_path: Path, bench) -> None:
+    data = write_data(tmp_path)
+    one = write_answers(tmp_path / "1.jsonl", {0: "a"}, run={**RUN, "data": "0", "backend": "native"})
+    two = write_answers(tmp_path / "2.jsonl", {1: "b"}, run={**RUN, "data": "0", "backend": "torch"})
+    status, _, err = bench("accuracy", "--data", data, "--merge", one, two)
+    words = "a model migician direct auto side=64 data=0"
+    assert status == 1 and f"is of {words}, " in err and f"of {words} backend=torch; merge parts of one run" in err
 
 
 # ---- comparing

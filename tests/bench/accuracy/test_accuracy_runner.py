@@ -10,23 +10,24 @@ from accuracy_data import FORMAT, RECORDS, write_data
 
 from migician.bench.accuracy.data import read_answers, read_mig_bench
 from migician.bench.accuracy.runner import Reply, Report, run, shard_of
+from migician.bench.engines import Answered
 from migician.runtime.errors import ImageError, MigicianError
 
 
 class Fake:
     """Answers by what it is asked; may be killed after so many answers."""
 
-    name, family = "fake", "migician"
+    name, family, versions = "fake", "migician", {"fake": "1"}
 
     def __init__(self, lives: int = 1000) -> None:
         self.asked: list[tuple[tuple[Path, ...], str, int]] = []
         self._lives = lives
 
-    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> Answered:
         if len(self.asked) == self._lives:
             raise KeyboardInterrupt
         self.asked.append((tuple(images), text, max_new_tokens))
-        return f"é (1,2),({len(images)},{len(text)})"
+        return Answered(f"é (1,2),({len(images)},{len(text)})")
 
     def close(self) -> None:
         pass
@@ -132,7 +133,7 @@ def test_shards_that_are_none(questions: list, shard: tuple[int, int]) -> None:
 
 def test_a_question_that_cannot_be_asked_is_noted_and_tried_again(tmp_path: Path, questions: list) -> None:
     class Blind(Fake):
-        def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+        def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> Answered:
             if len(images) == 6:
                 raise ImageError("4: not a picture; replace it")
             return super().answer(images, text, max_new_tokens)
@@ -150,7 +151,7 @@ def test_a_question_that_cannot_be_asked_is_noted_and_tried_again(tmp_path: Path
 
 def test_other_failures_end_the_run_but_keep_its_answers(tmp_path: Path, questions: list) -> None:
     class Broken(Fake):
-        def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> str:
+        def answer(self, images: Sequence[Path], text: str, max_new_tokens: int) -> Answered:
             if len(self.asked) == 3:
                 raise MigicianError("the server is gone; start it again")
             return super().answer(images, text, max_new_tokens)

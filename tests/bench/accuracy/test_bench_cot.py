@@ -8,6 +8,7 @@ import pytest
 from migician.bench.accuracy.cot import STEPS, ask, first_text, second_text, target_picture
 from migician.bench.accuracy.data import Question
 from migician.bench.accuracy.protocol import TASKS
+from migician.bench.engines import Answered
 from migician.runtime.errors import MigicianError
 
 ORIGINAL = {
@@ -82,15 +83,15 @@ INTERN = " Format:<box>[[x1,y1,x2,y2]]</box>. Don't generate additional words."
 class Scripted:
     """Gives the responses in turn and remembers what it was asked."""
 
-    name = "scripted"
+    name, versions = "scripted", {"scripted": "1"}
 
     def __init__(self, *responses: str, family: str = "migician") -> None:
         self.responses, self.family = list(responses), family
         self.asked: list[tuple[tuple[Path, ...], str, int]] = []
 
-    def answer(self, images: Any, text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Any, text: str, max_new_tokens: int) -> Answered:
         self.asked.append((tuple(images), text, max_new_tokens))
-        return self.responses.pop(0)
+        return Answered(self.responses.pop(0))
 
     def close(self) -> None: ...
 

@@ -1,79 +1,45 @@
-"""Families' forms, and answering models: ours, transformers' LLaVA-OneVision and Qwen2-VL, an HTTP server."""
+"""Families' forms, and answering models: ours, transformers' LLaVA-OneVision and Qwen2-VL."""
 
-import base64
-import io
 import json
 import shutil
-import socket
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint, make_tokenizer
+from noise_pictures import save_noise
 from PIL import Image
+from rendered_questions import RENDERED, a_question
 
-from migician.bench.accuracy import families, models
-from migician.bench.accuracy.data import Question
+from migician.bench.accuracy import families
 from migician.bench.accuracy.families import FAMILIES, detect, find, on_grid, render
-from migician.bench.accuracy.models import Endpoint, Ours, Transformers, open_answerer, parts
+from migician.bench.accuracy.models import Ours, Transformers, open_answerer, parts
+from migician.bench.engines import PHASES, Answered
 from migician.runtime.errors import MigicianError, ModelFileError, UnsupportedError
 from migician.runtime.model import load
-
-ASKED = "Where is <|object_ref_start|>it<|object_ref_end|> (<|box_start|>(1,20),(300,4)<|box_end|>) in the 2th image? "
-QWEN = "Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. Don't generate addtional words."
-LIST = " Format:<box>[x1, y1, x2, y2]</box>. Don't generate addtional words."
-RENDERED = {
-    "migician": ASKED + QWEN,
-    "qwen2_vl": ASKED + QWEN,
-    "qwen2_5_vl": ASKED + QWEN,
-    "internvl2_8b": "Image-1: <image>\nImage-2: <image>\nWhere is <ref>it</ref> (<box>[1,20,300,4]</box>) in the 2th "
-    "image? Format:<box>[[x1,y1,x2,y2]]</box>. Don't generate addtional words.",
-    "minicpm": "Where is <ref>it</ref> (<box>[1,20,300,4]</box>) in the 2th image? Format:<box>x1 y1 x2 y2</box>. "
-    "Don't generate addtional words.",
-    "mantis": "Where is <ref>it</ref> (<box>[0.1,0.20,0.300,0.4]</box>) in the 2th image? " + LIST,
-    "llava_onevision": "image1:<image>\nimage2:<image>\nWhere is <ref>it</ref>  in the 2th image? " + LIST,
-    "mplug_owl3": "Image-1:<image>\nImage-2:<image>\nWhere is <ref>it</ref>  in the 2th image? " + LIST,
-    "cogvlm": "Where is it ((1,20),(300,4)) in the 2th image?  Coordinates format:[[x0,y0,x1,y1]].",
-}
-
-
-def save(folder: Path, sizes: list[tuple[int, int]]) -> tuple[Path, ...]:
-    """Noise pictures of (width, height)."""
-    rng = np.random.default_rng(len(sizes))
-    paths = []
-    for i, (width, height) in enumerate(sizes):
-        paths.append(folder / f"{i}.png")
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(paths[-1])
-    return tuple(paths)
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return save(tmp_path_factory.mktemp("pictures"), [(90, 60), (64, 80)])
+    return save_noise(tmp_path_factory.mktemp("pictures"), [(90, 60), (64, 80)])
 
 
 class Fake:
     """Remembers what it is asked; answers always the same."""
 
-    name = "fake"
+    name, versions = "fake", {"fake": "1"}
 
     def __init__(self, family: str, response: str = "(1,2),(3,4)") -> None:
         self.family, self.response = family, response
         self.asked: list[tuple[tuple[Path, ...], str, int]] = []
 
-    def answer(self, images: Any, text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Any, text: str, max_new_tokens: int) -> Answered:
         self.asked.append((tuple(images), text, max_new_tokens))
-        return self.response
+        return Answered(self.response)
 
     def close(self) -> None: ...
-
-
-def a_question(images: tuple[Path, ...], task: str = "multi_view", target: int | None = 1) -> Question:
-    return Question(0, task, images, ASKED, (0.1, 0.1, 0.2, 0.2), "", True, target)
 
 
 # ---- families
@@ -170,7 +136,7 @@ def test_pixels_become_fractions(response: str, expected: str) -> None:
 
 
 def test_pixels_are_divided_by_the_target_as_it_was_seen(tmp_path: Path) -> None:
-    images = save(tmp_path, [(280, 140), (50, 110)])  # the second becomes 56 x 112
+    images = save_noise(tmp_path, [(280, 140), (50, 110)])  # the second becomes 56 x 112
     fake = Fake("qwen2_5_vl", "(14,28),(28,56)")
     reply = families.ask(a_question(images, target=1), fake)
     assert reply.response == "(0.250000,0.250000),(0.500000,0.500000)"
@@ -203,7 +169,7 @@ def test_our_models_answer_without_special_tokens(tiny: Path, pictures: tuple[Pa
         text = model._vocabulary.decode(t.id for t in expected.tokens if t.id not in special)
     answerer = open_answerer(str(tiny))
     assert isinstance(answerer, Ours)
-    assert answerer.answer(pictures, "where?", 24) == text
+    assert answerer.answer(pictures, "where?", 24).text == text
     answerer.close()
     with pytest.raises(MigicianError, match="closed"):
         answerer.answer(pictures, "where?", 24)
@@ -215,9 +181,9 @@ def test_special_tokens_are_left_out_of_an_answer(tiny: Path, pictures: tuple[Pa
     ids = vocabulary.encode("<|box_start|>(1,2),(3,4)<|box_end|>")
     made = answerer._model.ground(pictures, "where?", max_new_tokens=1)
     tokens = tuple(type(made.tokens[0])(i, 0.0) for i in ids)
-    answer = type(made)(made.text, (), 0, tokens, 1, "stop")
+    answer = replace(made, tokens=tokens)
     monkeypatch.setattr(type(answerer._model), "ground", lambda *_, **__: answer)
-    assert answerer.answer(pictures, "where?", 24) == "(1,2),(3,4)"
+    assert answerer.answer(pictures, "where?", 24).text == "(1,2),(3,4)"
     answerer.close()
 
 
@@ -225,23 +191,23 @@ def test_a_second_question_about_the_same_pictures_is_a_first_one(tiny: Path, pi
     fresh = []
     for text in ("where?", "what else?"):
         answerer = open_answerer(str(tiny))
-        fresh.append(answerer.answer(pictures, text, 24))
+        fresh.append(answerer.answer(pictures, text, 24).text)
         answerer.close()
     answerer = open_answerer(str(tiny))
-    assert [answerer.answer(pictures, text, 24) for text in ("where?", "what else?")] == fresh
-    assert answerer.answer(pictures[::-1], "where?", 24) != fresh[0]
-    assert answerer.answer(pictures, "where?", 24) == fresh[0]
+    assert [answerer.answer(pictures, text, 24).text for text in ("where?", "what else?")] == fresh
+    assert answerer.answer(pictures[::-1], "where?", 24).text != fresh[0]
+    assert answerer.answer(pictures, "where?", 24).text == fresh[0]
     answerer.close()
 
 
 def test_a_longest_side_reaches_our_models(tiny: Path, tmp_path: Path) -> None:
-    images = save(tmp_path, [(280, 168)])
+    images = save_noise(tmp_path, [(280, 168)])
     with load(tiny, precision="fp32") as model:
         ids = [[t.id for t in model.ground(images, "?", max_new_tokens=24, max_side=s).tokens] for s in (84, None)]
         small, large = (model._vocabulary.decode(i, skip_special=True) for i in ids)
     assert small != large
     answerer = open_answerer(str(tiny), max_side=84, precision="fp32", threads=1)
-    assert answerer.answer(images, "?", 24) == small
+    assert answerer.answer(images, "?", 24).text == small
     answerer.close()
 
 
@@ -352,8 +318,8 @@ def test_llava_onevision_answers_end_to_end(llava: Path, pictures: tuple[Path, .
     reply = families.ask(a_question(pictures), answerer)
     assert reply.response == by_hand(llava, pictures, RENDERED["llava_onevision"], 100)
     assert len(reply.response) > 5
-    other = save(pictures[0].parent, [(90, 60), (64, 80), (50, 50)])[2]
-    assert answerer.answer([pictures[0], other], RENDERED["llava_onevision"], 100) != reply.response
+    other = save_noise(pictures[0].parent, [(90, 60), (64, 80), (50, 50)])[2]
+    assert answerer.answer([pictures[0], other], RENDERED["llava_onevision"], 100).text != reply.response
     answerer.close()
 
 
@@ -437,238 +403,11 @@ def test_a_model_that_no_family_asks_is_refused(llava: Path, tmp_path: Path) -> 
         open_answerer(str(folder))
 
 
-# ---- endpoints
-class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible server by script: `replies` are (status, headers, body), taken in turn; the last stays."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies: list[tuple[int, dict[str, str], Any]] = [said("(1,2),(3,4)")]
-        self.models: list[str] = ["Migician-7B"]
-        self.requests: list[tuple[str, dict[str, str], Any]] = []
-        self.silent = False
-        self.over = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.path, dict(self.headers), None))
-        self.reply(200, {}, {"object": "list", "data": [{"id": name} for name in self.server.models]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, dict(self.headers), body))
-        if self.server.silent:
-            self.server.over.wait(60)
-            return
-        replies = self.server.replies
-        self.reply(*(replies.pop(0) if len(replies) > 1 else replies[0]))
-
-    def reply(self, status: int, headers: dict[str, str], body: Any) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-def said(content: Any) -> tuple[int, dict[str, str], Any]:
-    message = {"role": "assistant", "content": content}
-    return 200, {}, {"id": "1", "object": "chat.completion", "choices": [{"index": 0, "message": message}]}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv(models.KEY, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-        thread.start()
-        yield made
-        made.over.set()
-        made.shutdown()
-        thread.join()
-
-
-def picture_of(url: str) -> tuple[str, bytes]:
-    kind, _, data = url.removeprefix("data:").partition(";base64,")
-    return kind, base64.b64decode(data, validate=True)
-
-
-def test_a_request_is_what_the_protocol_asks(
-    server: Server, pictures: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(models.KEY, "sesame")
-    answerer = open_answerer(f"{server.url}#Migician-7B")
-    assert (answerer.name, answerer.family) == ("Migician-7B", "migician")
-    assert families.ask(a_question(pictures), answerer).response == "(1,2),(3,4)"
-    ((path, headers, body),) = server.requests
-    assert path == "/v1/chat/completions"
-    assert headers["Authorization"] == "Bearer sesame"
-    assert headers["Content-Type"] == "application/json"
-    assert {k: v for k, v in body.items() if k != "messages"} == {
-        "model": "Migician-7B", "temperature": 0, "max_tokens": 128, "stream": False,
-    }  # fmt: skip
-    ((turn),) = body["messages"]
-    assert turn["role"] == "user"
-    *shown, text = turn["content"]
-    assert text == {"type": "text", "text": RENDERED["migician"]}
-    assert [entry["type"] for entry in shown] == ["image_url", "image_url"]
-    for entry, picture in zip(shown, pictures, strict=True):
-        assert picture_of(entry["image_url"]["url"]) == ("image/png", picture.read_bytes())
-
-
-def test_pictures_stand_in_the_text_of_families_that_want_it(server: Server, pictures: tuple[Path, ...]) -> None:
-    answerer = open_answerer(f"{server.url}#InternVL2-8B")
-    families.ask(a_question(pictures), answerer)
-    content = server.requests[-1][2]["messages"][0]["content"]
-    assert [entry["type"] for entry in content] == ["text", "image_url", "text", "image_url", "text"]
-    assert [entry.get("text") for entry in content[:4:2]] == ["Image-1: ", "\nImage-2: "]
-    assert "Authorization" not in server.requests[-1][1]
-
-
-@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
-def test_addresses_are_completed(server: Server, path: str) -> None:
-    open_answerer(f"{server.url}{path}#migician").answer([], "?", 4)
-    assert server.requests[-1][0] == "/v1/chat/completions"
-
-
-def test_the_only_model_of_a_server_is_taken(server: Server) -> None:
-    answerer = open_answerer(server.url)
-    assert (answerer.name, server.requests[0][0]) == ("Migician-7B", "/v1/models")
-    answerer.answer([], "?", 4)
-    assert server.requests[-1][2]["model"] == "Migician-7B"
-    server.models = ["a", "b"]
-    with pytest.raises(MigicianError, match=r"serves a, b; say which, as http://127.*/v1#MODEL"):
-        open_answerer(server.url)
-    server.models = []
-    with pytest.raises(MigicianError, match="names no model"):
-        open_answerer(server.url)
-
-
-def test_a_served_model_of_no_family_needs_one(server: Server) -> None:
-    with pytest.raises(UnsupportedError, match="give --family"):
-        open_answerer(f"{server.url}#gpt-4o")
-    assert open_answerer(f"{server.url}#gpt-4o", family="minicpm").family == "minicpm"
-
-
-def test_pictures_are_shrunk_and_turned_upright_before_they_are_sent(server: Server, tmp_path: Path) -> None:
-    turned = tmp_path / "turned.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 20), "red").save(turned, exif=exif)
-    plain = tmp_path / "plain.jpg"
-    Image.new("RGB", (40, 20), "red").save(plain)
-    clear = tmp_path / "clear.png"
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(clear)
-
-    def sent(path: Path, side: int | None) -> tuple[str, Image.Image, bytes]:
-        open_answerer(f"{server.url}#migician", max_side=side).answer([path], "?", 4)
-        kind, raw = picture_of(server.requests[-1][2]["messages"][0]["content"][0]["image_url"]["url"])
-        return kind, Image.open(io.BytesIO(raw)), raw
-
-    assert sent(plain, None)[2] == plain.read_bytes()
-    assert sent(plain, 40)[0] == "image/jpeg"
-    kind, image, _ = sent(plain, 10)
-    assert (kind, image.format, image.size) == ("image/png", "PNG", (10, 5))
-    assert sent(turned, None)[1].size == (20, 40)
-    assert sent(turned, 10)[1].size == (5, 10)
-    assert sent(clear, None)[1].convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-
-
-def endpoint(server: Server, pauses: list[float] | None = None, **settings: Any) -> Endpoint:
-    pause = [].append if pauses is None else pauses.append
-    return Endpoint(f"{server.url}#migician", pause=pause, **settings)
-
-
-def test_busy_servers_are_asked_again(server: Server) -> None:
-    pauses: list[float] = []
-    server.replies = [
-        (429, {"Retry-After": "7"}, {"error": {"message": "slow down"}}),
-        (503, {}, b"<html>busy</html>"),
-        (429, {"Retry-After": "900"}, {}),
-        (500, {"Retry-After": "Tue, 24 Nov 2026 12:00:00 GMT"}, {}),
-        said("at last"),
-    ]
-    assert endpoint(server, pauses).answer([], "?", 4) == "at last"
-    assert pauses == [7.0, 2.0, 60.0, 8.0]
-
-
-def test_a_server_that_stays_down_is_given_up(server: Server) -> None:
-    pauses: list[float] = []
-    server.replies = [(502, {}, {"error": {"message": "no worker"}})]
-    with pytest.raises(MigicianError, match=r"status 502: no worker, 5 times; see the server's log"):
-        endpoint(server, pauses).answer([], "?", 4)
-    assert pauses == [1.0, 2.0, 4.0, 8.0]
-    assert len(server.requests) == 5
-
-
-def test_a_silent_server_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Endpoint, "TRIES", 2)
-    server.silent = True
-    with pytest.raises(MigicianError, match="no answer in time, 2 times"):
-        endpoint(server, timeout_s=0.1).answer([], "?", 4)
-    assert len(server.requests) == 2
-
-
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        ((401, {}, {"error": {"message": "no key"}}), f"status 401: no key; set {models.KEY}"),
-        ((403, {}, b""), f"status 403; set {models.KEY}"),
-        ((404, {}, {"error": "no model x"}), "status 404: no model x; check the address and the model's name"),
-        ((400, {}, {"detail": [{"msg": "two\nlines"}]}), r"status 400: \[\{\"msg\": \"two\\nlines\"\}\]; correct it"),
-        ((302, {"Location": "http://elsewhere/"}, b""), "sends elsewhere, to http://elsewhere/; give that address"),
-        ((200, {}, b"<html>hello</html>"), r"answered no JSON object \(<html>hello</html>\)"),
-        ((200, {}, b"[1]"), "answered no JSON object"),
-        ((200, {}, {"choices": []}), r"no choices\[0\].message.content"),
-        ((200, {}, {"error": {"message": "x"}}), "is it an OpenAI-compatible server"),
-    ],
-)
-def test_refusals_are_one_line_and_not_repeated(server: Server, reply: Any, message: str) -> None:
-    server.replies = [reply]
-    with pytest.raises(MigicianError, match=message) as caught:
-        endpoint(server).answer([], "?", 4)
-    assert "\n" not in str(caught.value)
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("key", ["qqq\nzzz", "qqqü"])
-def test_a_key_that_http_cannot_carry_is_not_shown(server: Server, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setenv(models.KEY, key)
-    with pytest.raises(MigicianError, match=f"{models.KEY} holds more than") as caught:
-        endpoint(server).answer([], "?", 4)
-    assert not any(part in str(caught.value) for part in ("qqq", "zzz"))
-    assert server.requests == []
-
-
-def test_nothing_listens() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(MigicianError, match="nothing listens there; start the server first"):
-        Endpoint(f"http://127.0.0.1:{port}#migician", pause=[].append).answer([], "?", 4)
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ("<|box_start|>(1,2),(3,4)<|box_end|>", "(1,2),(3,4)"),
-        (None, ""),
-        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
-    ],
-)
-def test_contents_of_an_answer(server: Server, content: Any, text: str) -> None:
-    server.replies = [said(content)]
-    assert endpoint(server).answer([], "?", 4) == text
+def test_ours_tells_its_times_and_takes_pixels(tiny: Path, pictures: tuple[Path, ...]) -> None:
+    engine = Ours(str(tiny), threads=1)
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
+    first, second = engine.answer(pictures, "where?", 8), engine.answer(pixels, "where?", 8)
+    assert first.text == second.text and first.times is not None and second.times is not None
+    assert first.times.prompt_tokens == second.times.prompt_tokens
+    assert first.times.total_ms == pytest.approx(sum(first.times.to_dict()[f"{phase}_ms"] for phase in PHASES))
+    assert engine.versions["backend"] == "native" and engine.family == "qwen2_vl"

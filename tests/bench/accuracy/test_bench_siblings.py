@@ -9,6 +9,7 @@ from PIL import Image
 
 from migician.bench.accuracy import mibench, mmiu
 from migician.bench.accuracy.families import find
+from migician.bench.engines import Answered
 from migician.runtime.errors import MigicianError
 
 REQUEST = "Please only strictly answer from the choice list: "
@@ -17,17 +18,17 @@ REQUEST = "Please only strictly answer from the choice list: "
 class Scripted:
     """Answers in turn; remembers texts, new tokens and the sizes of the pictures at that moment."""
 
-    name = "scripted"
+    name, versions = "scripted", {"scripted": "1"}
 
     def __init__(self, *responses: str, family: str = "migician") -> None:
         self.responses, self.family = list(responses), family
         self.asked: list[tuple[str, int, list[tuple[int, int]]]] = []
         self.paths: list[Path] = []
 
-    def answer(self, images: Any, text: str, max_new_tokens: int) -> str:
+    def answer(self, images: Any, text: str, max_new_tokens: int) -> Answered:
         self.paths += images
         self.asked.append((text, max_new_tokens, [Image.open(image).size for image in images]))
-        return self.responses.pop(0)
+        return Answered(self.responses.pop(0))
 
     def close(self) -> None: ...
 

@@ -12,6 +12,7 @@ from migician.bench.accuracy.data import picture_order, read_mig_bench
 from migician.bench.accuracy.scoring import score
 from migician.calib.scenes import TASKS, held_out, mig_bench
 from migician.calib.scenes.mig_bench import write_mig_bench
+from migician.runtime.errors import ModelFileError
 
 PER_TASK = 3
 
@@ -106,7 +107,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "empty").mkdir()
     assert write_mig_bench(tmp_path / "empty", 1, tasks=("region",)).is_file()
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(ModelFileError, match="choose another folder"):
         write_mig_bench(tmp_path / "empty", 1, tasks=("region",))
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,25 @@ import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from click.testing import CliRunner
+from PIL import Image
 from quantized import make_quantized
 
 from migician.bench.cli import command
+from migician.bench.engines import PHASES, Engine, Times
 from migician.bench.latency import measure as measure_module
-from migician.bench.latency import native as native_module
+from migician.bench.latency.backend import Backend
 from migician.bench.latency.energy import find_meter, rapl_zones, tegra_watts
-from migician.bench.latency.llama_peer import read_log
+from migician.bench.latency.llama_peer import LlamaCpp, read_log
 from migician.bench.latency.measure import percentiles, ratios, summarize
-from migician.bench.latency.native import Native
 from migician.bench.latency.openvino_peer import split
 from migician.bench.latency.peers import Setting, choose_peers
 from migician.bench.latency.work import decode_work, floor_ms, prefill_work, vision_work
-from migician.bench.latency.workload import Case, pictures
+from migician.bench.latency.workload import PROMPT, Case, pictures
+from migician.runtime.backends import BACKENDS, native
 from migician.runtime.backends.native import Pool, Session, measure_ceilings
-from migician.runtime.errors import MigicianError
+from migician.runtime.errors import MigicianError, UnsupportedError
 from migician.runtime.files.open import open_checkpoint
+from migician.runtime.model import load
 
 SMALL = ["--size", "56x84", "--new-tokens", "3", "--repeat", "2", "--threads", "1"]
 
@@ -139,6 +143,37 @@ def test_ceilings_are_measured() -> None:
 # ----------------------------------------------------------------------------------------------------------- our engine
 
 
+def times_of(engine: Engine, case: Case, repeat: int = 0) -> Times:
+    """What an exact answer took, asked for as the workers do."""
+    times = engine.answer(pictures(case, repeat), PROMPT, case.new_tokens, exact=True).times
+    assert times is not None
+    return times
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_answers_as_its_users_have_it(backend: str, picture: Path, tmp_path: Path) -> None:
+    """Driven token by token, without drafts and with nothing kept, the answer is Model.ground's; files, or pixels."""
+    folder, mig = make_checkpoint(tmp_path / "m", repetition_penalty=1.3), tmp_path / "m.mig"
+    make_quantized(folder, mig)
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    for model in [str(folder), *([str(mig)] if backend == "native" else [])]:
+        with closing(Backend(model, backend=backend, threads=1)) as engine:
+            found = [engine.answer(images, "where?", 12) for images in ([picture, picture], [pixels, pixels])]
+        with load(model, backend=backend, threads=1) as own:
+            want = own.ground([picture, picture], "where?", max_new_tokens=12)
+            text = own._vocabulary.decode((token.id for token in want.tokens), skip_special=True)
+        assert [answer.text for answer in found] == [text, text]
+        assert found[0].times is not None and found[0].times.prompt_tokens == want.prompt_tokens
+        assert found[0].times.new_tokens == len(want.tokens) + (want.finish == "stop")
+
+
+def test_a_backend_is_named_and_an_unknown_one_refused(tiny: Path) -> None:
+    with pytest.raises(MigicianError, match="backend 'abacus' is not part of this version"):
+        Backend(str(tiny), backend="abacus")
+    with closing(Backend("nano", threads=1)) as engine:
+        assert engine.name == "nano" and engine.versions == {"kernels": Pool(1).isa}
+
+
 def test_an_end_of_text_ends_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m")
     case = Case(1, 56, 84, 6)
@@ -151,15 +186,16 @@ def test_an_end_of_text_ends_nothing(tmp_path: Path) -> None:
             return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_module, "Session", Spy)
-        run = Native(str(folder), threads=1, precision="auto").run(case, pictures(case, 0))
+        patch.setattr(native, "Session", Spy)
+        run = times_of(Backend(str(folder), threads=1), case)
         settings = json.loads((folder / "generation_config.json").read_text())
         settings["eos_token_id"] = [seen[0]]
         (folder / "generation_config.json").write_text(json.dumps(settings))
         seen.clear()
-        run = Native(str(folder), threads=1, precision="auto").run(case, pictures(case, 0))
-    assert len(seen) == 6 and len(run["steps_ms"]) == 5 and run["new_tokens"] == 6
-    assert run["total_ms"] == pytest.approx(sum(run[f"{p}_ms"] for p in ("preprocess", "vision", "prefill", "decode")))
+        run = times_of(Backend(str(folder), threads=1), case)
+    assert len(seen) == 6 and run.steps_ms and len(run.steps_ms) == 5 and run.new_tokens == 6
+    assert run.total_ms == pytest.approx(sum(run.to_dict()[f"{phase}_ms"] for phase in PHASES))
+    assert run.cpu_ms is not None and set(run.cpu_ms) == set(PHASES) and run.peak_rss_mb is None
 
 
 def test_every_answer_starts_with_an_empty_timeline(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +207,10 @@ def test_every_answer_starts_with_an_empty_timeline(tiny: Path, monkeypatch: pyt
             super().sync(ids, visions)
             synced.append((before, list(ids)))
 
-    monkeypatch.setattr(native_module, "Session", Spy)
-    engine, case = Native(str(tiny), threads=1, precision="auto"), Case(1, 56, 84, 2)
+    monkeypatch.setattr(native, "Session", Spy)
+    engine, case = Backend(str(tiny), threads=1), Case(1, 56, 84, 2)
     for repeat in range(2):
-        engine.run(case, pictures(case, repeat))
+        times_of(engine, case, repeat)
     other, prompt = synced[2][1], synced[3][1]
     assert len(other) == 1 and other[0] != prompt[0] and synced[3][0] == 1
 
@@ -183,7 +219,7 @@ def test_a_question_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m", max_positions=64)
     case = Case(1, 56, 84, 4000)
     with pytest.raises(MigicianError, match="fewer --pictures"):
-        Native(str(folder), threads=1, precision="auto").run(case, pictures(case, 0))
+        times_of(Backend(str(folder), threads=1), case)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -208,6 +244,7 @@ def test_the_last_line_is_the_whole_result(tiny: Path, tmp_path: Path) -> None:
         assert set(ours["cpu_ms"]) == {"preprocess", "vision", "prefill", "decode"}
         assert case["patches"] == case["pictures"] * 24 and ours["peak_rss_mb"] > 1
     assert found["ceilings"]["threads"] == 1 and found["missing"] == []
+    assert found["settings"]["backend"] == "native" and set(found["engines"]["migician"]["versions"]) == {"kernels"}
     assert "of the ceiling" in done.stdout and "each token" in done.stdout
 
 
@@ -306,14 +343,39 @@ LOG = """\
 
 
 def test_the_log_of_llama_cpp_is_taken_apart() -> None:
-    found = read_log(LOG, Case(2, 640, 480, 32))
-    assert found["vision_ms"] == 1400 and found["decode_ms"] == 1337.2
-    assert found["prefill_ms"] == pytest.approx(2140.1)
-    assert found["prompt_tokens"] == 434 and found["total_ms"] == pytest.approx(4877.3)
+    found = read_log(LOG, 2, 32)
+    assert found.vision_ms == 1400 and found.decode_ms == 1337.2 and found.preprocess_ms is None
+    assert found.prefill_ms == pytest.approx(2140.1)
+    assert found.prompt_tokens == 434 and found.total_ms == pytest.approx(4877.3)
     with pytest.raises(MigicianError, match="31 single steps where 15"):
-        read_log(LOG, Case(2, 640, 480, 16))
+        read_log(LOG, 2, 16)
     with pytest.raises(MigicianError, match="no timings"):
-        read_log(LOG, Case(3, 640, 480, 32))
+        read_log(LOG, 3, 32)
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_llama_cpp_is_asked_in_a_process_of_its_own(stream: int, picture: Path, tmp_path: Path) -> None:
+    """A stand-in program that records its words: which of its streams carries the timings does not matter."""
+    program = tmp_path / "llama-mtmd-cli"
+    (tmp_path / "log").write_text(LOG)
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "version: 1234 (abc)" && exit\necho "$@" > {tmp_path}/words\n'
+        f"cat {tmp_path}/log >&{stream}\necho ' the cup (1,2),(3,4)'\n"
+    )
+    program.chmod(0o755)
+    engine = LlamaCpp(str(tmp_path), "m.gguf", "p.gguf", threads=3)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    answer = engine.answer([picture, pixels], "where?", 32, exact=True)
+    assert answer.text.endswith("the cup (1,2),(3,4)") and engine.versions == {"llama.cpp": "1234 (abc)"}
+    assert answer.times is not None and answer.times.vision_ms == 1400 and (answer.times.peak_rss_mb or 0) > 0.5
+    words = (tmp_path / "words").read_text().split()
+    assert words[:4] == ["-m", "m.gguf", "--mmproj", "p.gguf"] and words.count("--image") == 2
+    assert "--ignore-eos" in words and words[words.index("-n") + 1] == "32" and words[words.index("-p") + 1] == "where?"
+    with pytest.raises(UnsupportedError, match="answers of an exact length"):
+        engine.answer([picture], "where?", 32)
+    program.write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")
+    with pytest.raises(MigicianError, match=r"ended with 3 \(no such model\)"):
+        engine.answer([], "where?", 32, exact=True)
 
 
 def test_openvino_phases_add_up() -> None:

@@ -363,6 +363,7 @@ def test_a_tokenizer_that_is_none_names_the_file(sound: Path, tmp_path: Path) ->
 ASK = """
 import sys
 from pathlib import Path
+from migician.runtime.backends.base import Options
 from migician.runtime.errors import MigicianError
 from migician.runtime.files.mig import read_mig
 from migician.runtime.model import Model
@@ -380,7 +381,7 @@ for path in sorted(path for folder in folders for path in Path(folder).iterdir()
         continue
     for precision in ("auto", "fp32"):
         try:
-            model = Model(checkpoint, threads=2, precision=precision)
+            model = Model(checkpoint, options=Options(threads=2, fp32=precision == "fp32"))
             answer = model.ground([picture], question, max_new_tokens=3)
             answered += 1
         except MigicianError as error:

@@ -242,8 +242,8 @@ def test_place_where_no_file_can_be_made(folder, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from migician.runtime import mig
-from migician.runtime.files.checkpoint import open_checkpoint
+from migician.runtime.files import mig
+from migician.runtime.files.open import open_checkpoint
 pieces = mig._pieces
 def dying(*args):
     for number, piece in enumerate(pieces(*args)):
