@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .runtime.answer import Answer, Step, Token
-    from .runtime.boxes import Box
+    from .runtime.boxes import Box, Point
     from .runtime.errors import (
         Cancelled,
         ContextFullError,
@@ -38,6 +38,7 @@ __all__ = [
     "Model",
     "ModelFileError",
     "OutOfMemory",
+    "Point",
     "Step",
     "Token",
     "UnsupportedError",
@@ -56,6 +57,7 @@ _HOME = {
     "Model": "model",
     "ModelFileError": "errors",
     "OutOfMemory": "errors",
+    "Point": "boxes",
     "Step": "answer",
     "Token": "answer",
     "UnsupportedError": "errors",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calib.store import Sample
+from ..runtime.chat_template import read_template
 from ..runtime.files.checkpoint import Checkpoint
 from ..runtime.image import load_picture, patchify
 from ..runtime.prompt import Vocabulary, build_prompt, rope_positions
@@ -54,6 +55,7 @@ class Inputs:
         self._rgb: list[np.ndarray] = []
         self._sequences: list[_Sequence] = []
         vocabulary = Vocabulary(checkpoint.tokenizer_json)
+        self._template = read_template(checkpoint.raw.get("chat_template"), knows=vocabulary.knows)
         for sample in samples:
             self._add(sample, vocabulary, max_side)
         self._ids = np.concatenate([s.ids for s in self._sequences])
@@ -63,7 +65,8 @@ class Inputs:
         self._rgb += [load_picture(image, self._pre, max_side=max_side).rgb for image in sample.images]
         grids = [self._cells(rgb) for rgb in self._rgb[first:]]
         *history, (question, answer) = sample.turns
-        prompt = build_prompt(vocabulary, question, [rows * columns for rows, columns in grids], history=history)
+        cells = [rows * columns for rows, columns in grids]
+        prompt = build_prompt(vocabulary, question, cells, history=history, template=self._template)
         ids = np.array([*prompt, *vocabulary.encode(answer + "<|im_end|>")])
         positions = rope_positions(ids, grids, image_token=self._config.image_token)
         self._sequences.append(_Sequence(ids, positions, range(first, len(self._rgb))))

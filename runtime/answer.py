@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from .boxes import Box
+from .boxes import Box, Point
 from .errors import MigicianError
 
 __all__ = ["Answer", "Clock", "Step", "Stream", "Token"]
@@ -23,7 +23,9 @@ class Token:
 class Answer:
     """What the model said about the pictures.
 
-    text keeps the model's tags; unparsed counts boxes that stay in the text because they are malformed. stats has
+    text keeps the model's tags; unparsed counts boxes and points that stay in the text because they are malformed,
+    clipped those that reached a little beyond the picture and were moved onto its edge. repeated: how often an answer
+    that was cut had said its end before, 0 for all others; boxes and points then hold each repeated one once. stats has
     preprocess_ms, vision_ms, prefill_ms, decode_ms, new_tokens, peak_rss_mb, weights_mb; reused_tokens of the prompt
     and reused_pictures, which earlier questions had left computed; decode_passes, how often the weights were read for
     the answer, and tokens_per_pass, 1 where every token took a pass of its own.
@@ -36,6 +38,9 @@ class Answer:
     prompt_tokens: int
     finish: str  # "stop" or "length"
     stats: dict[str, float] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
+    clipped: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True)

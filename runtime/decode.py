@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from .answer import Answer, Clock, Step, Token
 from .backends.base import Engine
-from .boxes import parse_boxes
+from .boxes import read_answer
 from .cache import Kept
 from .drafts import Draft, Speculator
+from .loops import find_loop
 from .memory import peak_rss_mb
 from .prompt import TextStream, Vocabulary
 
@@ -99,7 +100,14 @@ def _advance(engine: Engine, draft: Draft | None, last: int, room: int, penalty:
 def _answer(engine: Engine, turn: Turn, written: _Written, clock: Clock, reused_tokens: int) -> Answer:
     tokens, passes = written.tokens, written.passes
     sizes = [(kept.picture.width, kept.picture.height) for kept in turn.pictures]
-    boxes, unparsed = parse_boxes(written.text, prompt=turn.prompt, sizes=sizes, token_spans=written.spans)
+    loop = find_loop([token.id for token in tokens]) if written.finish == "length" else None
+    reading = read_answer(
+        written.text,
+        prompt=turn.prompt,
+        sizes=sizes,
+        token_spans=written.spans,
+        loop=written.spans[loop.start][0] if loop else None,
+    )
     decoded = len(tokens) - (written.finish == "length")  # the first token is the prompt's; end-of-text is one more
     stats = clock.stats | {
         "new_tokens": len(tokens),
@@ -110,4 +118,15 @@ def _answer(engine: Engine, turn: Turn, written: _Written, clock: Clock, reused_
         "decode_passes": passes,
         "tokens_per_pass": round(decoded / passes, 3) if passes else 1.0,
     }
-    return Answer(written.text, boxes, unparsed, tuple(tokens), len(turn.ids), written.finish, stats)
+    return Answer(
+        text=written.text,
+        boxes=reading.boxes,
+        unparsed=reading.unparsed,
+        tokens=tuple(tokens),
+        prompt_tokens=len(turn.ids),
+        finish=written.finish,
+        stats=stats,
+        points=reading.points,
+        clipped=reading.clipped,
+        repeated=loop.times - 1 if loop else 0,
+    )

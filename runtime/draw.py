@@ -1,4 +1,4 @@
-"""The contact sheet: all pictures of a question on one page, with the boxes of its answer.
+"""The contact sheet: all pictures of a question on one page, with the boxes and points of its answer.
 
 Every picture gets a cell of the same size, small ones are enlarged, large ones reduced, so that a box is as easy to
 see on a 196-pixel drawing as on a photograph. All lengths are in pixels of the sheet.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageColor, ImageDraw
 
-from .boxes import Box
+from .boxes import Box, Point
 from .fonts import Lettering, clean
 
 __all__ = ["contact_sheet"]
@@ -39,19 +39,23 @@ _LONGEST = 200, 2000  # letters of a label and of a title that are looked at
 _TITLE_LINES = 8
 
 
-def contact_sheet(pictures: Sequence[Image.Image], boxes: Sequence[Box], *, title: str = "") -> Image.Image:
-    """Draws all pictures in a grid, captioned "Image 1" and so on, with their boxes, labels and scores.
+def contact_sheet(
+    pictures: Sequence[Image.Image], boxes: Sequence[Box], *, points: Sequence[Point] = (), title: str = ""
+) -> Image.Image:
+    """Draws all pictures in a grid, captioned "Image 1" and so on, with their boxes and points, labels and scores.
 
-    pictures: upright, any mode, as given to the model: `Box.xyxy` counts their pixels.   boxes: those of a picture
-    that is not there are left out.   title: the question; tags are dropped, long lines wrapped, at most 8 of them.
+    pictures: upright, any mode, as given to the model: `Box.xyxy` counts their pixels.   boxes, points (drawn as
+    crosses): those of a picture that is not there are left out.   title: the question; tags are dropped, long lines
+    wrapped, at most 8 of them.
     Colours follow the labels if there are several, else the pictures. Each letter is drawn with a font that has it;
     `fonts.undrawable` names those that no font here has, which appear as empty squares.
     Returns an RGB image.
     """
     columns = _columns(len(pictures))
     side = min(_CELL_SIDES[1], max(_CELL_SIDES[0], (_SHEET_WIDTH - _GAP * (columns + 1)) // columns))
-    colours = _colours(boxes)
-    tiles = [_tile(picture, [b for b in boxes if b.image == i], side, colours) for i, picture in enumerate(pictures)]
+    marks: list[Box | Point] = [*boxes, *points]
+    colours = _colours(marks)
+    tiles = [_tile(picture, [m for m in marks if m.image == i], side, colours) for i, picture in enumerate(pictures)]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
 
     title_font, caption_font = Lettering(24), Lettering(18)
@@ -85,29 +89,44 @@ def _columns(count: int) -> int:
     return 2 if count == 4 else math.ceil(math.sqrt(count * 1.3))
 
 
-def _colours(boxes: Sequence[Box]) -> dict[str | int, str]:
-    labels = list(dict.fromkeys(box.label for box in boxes))
-    keys: list[str | int] = [*labels] if len(labels) > 1 else sorted({box.image for box in boxes})
+def _colours(marks: Sequence[Box | Point]) -> dict[str | int, str]:
+    labels = list(dict.fromkeys(mark.label for mark in marks))
+    keys: list[str | int] = [*labels] if len(labels) > 1 else sorted({mark.image for mark in marks})
     return {key: _COLOURS[i % len(_COLOURS)] for i, key in enumerate(keys)}
 
 
-def _tile(picture: Image.Image, boxes: Sequence[Box], side: int, colours: dict[str | int, str]) -> Image.Image:
-    """One picture at the size of its cell, its boxes drawn on it."""
+def _tile(
+    picture: Image.Image, marks: Sequence[Box | Point], side: int, colours: dict[str | int, str]
+) -> Image.Image:
+    """One picture at the size of its cell, its boxes and points drawn on it."""
     scale = side / max(picture.size)
     width, height = (max(1, round(v * scale)) for v in picture.size)
     tile = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     draw = ImageDraw.Draw(tile)
     font = Lettering(max(13, min(18, side // 24)))
     places = []
-    for box in boxes:
-        colour = colours.get(box.label) or colours.get(box.image) or _COLOURS[0]
-        place = _place(box, scale, width, height)
-        _outline(draw, place, colour)
-        places.append((box, place, colour))
+    for mark in marks:
+        colour = colours.get(mark.label) or colours.get(mark.image) or _COLOURS[0]
+        if isinstance(mark, Point):
+            place = _cross(draw, mark, scale, colour)
+        else:
+            place = _place(mark, scale, width, height)
+            _outline(draw, place, colour)
+        places.append((mark, place, colour))
     taken: list[tuple[int, int, int, int]] = []  # labels last: no line may cross one
-    for box, place, colour in places:
-        _write_label(draw, box, place, colour, font, taken)
+    for mark, place, colour in places:
+        _write_label(draw, mark, place, colour, font, taken)
     return tile
+
+
+def _cross(draw: ImageDraw.ImageDraw, point: Point, scale: float, colour: str) -> tuple[int, int, int, int]:
+    """Two crossed lines with pale edges; returns the square around them."""
+    width, height = draw.im.size
+    x, y = min(round(point.xy[0] * scale), width - 1), min(round(point.xy[1] * scale), height - 1)
+    for line, reach, thick in (("white", 12, 5), (colour, 11, 3)):
+        draw.line((x - reach, y, x + reach, y), fill=line, width=thick)
+        draw.line((x, y - reach, x, y + reach), fill=line, width=thick)
+    return x - 12, y - 12, x + 12, y + 12
 
 
 def _place(box: Box, scale: float, width: int, height: int) -> tuple[int, int, int, int]:
@@ -128,7 +147,7 @@ def _outline(draw: ImageDraw.ImageDraw, place: tuple[int, int, int, int], colour
 
 def _write_label(
     draw: ImageDraw.ImageDraw,
-    box: Box,
+    box: Box | Point,
     place: tuple[int, int, int, int],
     colour: str,
     font: Lettering,

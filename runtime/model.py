@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from .answer import Answer, Clock, Step, Stream
+from .arguments import check_count, check_question, check_text
 from .backends import check_backend, open_engine
 from .backends.base import Engine, Options
 from .cache import CACHE_BYTES, Kept, PictureCache
+from .chat_template import read_template
 from .decode import Turn, decode
 from .drafts import Speculator
 from .errors import ContextFullError, ImageError, MigicianError, ModelFileError, UnsupportedError
@@ -56,6 +58,7 @@ class Model:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.name = checkpoint.name
+        self.notes = checkpoint.notes
         self.backend = backend
         self.config: ModelConfig = checkpoint.config
         self.preprocessor = checkpoint.preprocessor
@@ -65,6 +68,9 @@ class Model:
             self._engine: Engine | None = open_engine(backend, checkpoint, options or Options())
         except (ModelFileError, UnsupportedError) as error:  # these know of tensors and words, not of files
             raise type(error)(f"{checkpoint.where}: {error}") from None
+        self._template = read_template(checkpoint.raw.get("chat_template"), knows=self._vocabulary.knows)
+        if self._template.note:
+            self.notes = (*self.notes, f"{checkpoint.where}: {self._template.note}")
         self._line = FairLock()
         self._questions = 0  # a stream sees by them that another one came in between
         self._again: tuple[Any, ...] = ()  # what load() was asked, for a copy
@@ -110,16 +116,20 @@ class Model:
         max_new_tokens: int = 512,
         max_side: int | None = None,
         repetition_penalty: float | None = None,
+        system: str | None = None,
     ) -> Answer:
         """Answers one question about the pictures, greedily.
 
         images: paths, data: or file: URLs, bytes, PIL images or arrays u8[H, W, 3], or one such; may be empty for a
             question without pictures.
-        repetition_penalty: None takes the checkpoint's own.
-        Raises ImageError, ContextFullError, MigicianError for an empty prompt.
+        prompt: as many `<image>` in it as there are pictures say where they stand; without any they stand before it.
+        repetition_penalty: None takes the checkpoint's own.   system: words of the system turn; None leaves it to the
+        model's chat template, "" is an empty turn.
+        Raises ImageError, ContextFullError, MigicianError for an empty prompt or an argument of another kind.
         """
+        check_question(prompt, max_new_tokens, repetition_penalty, system)
         with self._line:
-            return Stream(self._steps(images, prompt, max_new_tokens, max_side, repetition_penalty)).finish()
+            return Stream(self._steps(images, prompt, max_new_tokens, max_side, repetition_penalty, system)).finish()
 
     def stream(
         self,
@@ -129,12 +139,14 @@ class Model:
         max_new_tokens: int = 512,
         max_side: int | None = None,
         repetition_penalty: float | None = None,
+        system: str | None = None,
     ) -> Stream:
         """Answers as ground() does, one Step per token; where guesses came true, several arrive together.
 
         Ask nothing else of the model before the last step: a stream that was overtaken raises MigicianError.
         """
-        return Stream(self._steps(images, prompt, max_new_tokens, max_side, repetition_penalty), self._line)
+        check_question(prompt, max_new_tokens, repetition_penalty, system)
+        return Stream(self._steps(images, prompt, max_new_tokens, max_side, repetition_penalty, system), self._line)
 
     def _steps(
         self,
@@ -143,19 +155,29 @@ class Model:
         max_new_tokens: int,
         max_side: int | None,
         repetition_penalty: float | None,
+        system: str | None,
     ) -> Generator[Step, None, Answer]:
         clock = Clock()
         pictures = self._read(images, max_side)
         clock.lap("preprocess_ms")
-        return (yield from self._ask(prompt, pictures, (), max_new_tokens, repetition_penalty, clock))
+        return (yield from self._ask(prompt, pictures, (), max_new_tokens, repetition_penalty, clock, system))
 
-    def chat(self, images: Iterable[PictureSource] | PictureSource, *, max_side: int | None = None) -> "Chat":
-        """Opens a conversation about the pictures; they are read and encoded once."""
+    def chat(
+        self,
+        images: Iterable[PictureSource] | PictureSource,
+        *,
+        max_side: int | None = None,
+        system: str | None = None,
+    ) -> "Chat":
+        """Opens a conversation about the pictures; they are read and encoded once. system: as of ground()."""
+        check_question("", system=system)
         with self._line:
-            return Chat(self, self._read(images, max_side))
+            return Chat(self, self._read(images, max_side), system)
 
     def logprobs(self, images: Iterable[PictureSource] | PictureSource, prompt: str, answer_text: str) -> np.ndarray:
         """Scores a given answer: f32[T], the natural log-probability of each of its tokens, teacher-forced."""
+        check_question(prompt)
+        check_text("answer_text", answer_text, what="the answer to be scored")
         with self._line:
             pictures = self._read(images, None)
             answer = self._vocabulary.encode(answer_text)
@@ -180,6 +202,8 @@ class Model:
         return self._engine
 
     def _read(self, images: Iterable[PictureSource] | PictureSource, max_side: int | None) -> list[Kept]:
+        if max_side is not None:
+            max_side = check_count("max_side", max_side)
         kept = []
         for i, image in enumerate(as_list(images)):
             try:
@@ -196,12 +220,13 @@ class Model:
         pictures: Sequence[Kept],
         history: Sequence[tuple[str, Sequence[int]]],
         max_new_tokens: int,
+        system: str | None = None,
     ) -> list[int]:
-        if max_new_tokens < 1:
-            raise MigicianError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
         grids = [self.preprocessor.grid(*kept.picture.rgb.shape[:2]) for kept in pictures]
         cells = [rows * columns for rows, columns in grids]
-        ids = build_prompt(self._vocabulary, prompt, cells, history=history)
+        ids = build_prompt(
+            self._vocabulary, prompt, cells, history=history, system=system, template=self._template
+        )
         limit = self.config.text.max_positions
         if len(ids) + max_new_tokens > limit:
             raise ContextFullError(
@@ -225,9 +250,10 @@ class Model:
         max_new_tokens: int,
         repetition_penalty: float | None,
         clock: Clock,
+        system: str | None,
     ) -> Generator[Step, None, Answer]:
         """The steps of an answer about pictures that are read; the clock stands behind their reading."""
-        ids = self._prompt(prompt, pictures, history, max_new_tokens)
+        ids = self._prompt(prompt, pictures, history, max_new_tokens, system)
         engine = self._begin(len(ids) + max_new_tokens)
         reused = self._cache.encode(pictures, engine.encode)
         clock.lap("vision_ms")
@@ -271,19 +297,20 @@ if hasattr(os, "register_at_fork"):
 class Chat:
     """A conversation about one set of pictures; earlier turns and encoded pictures are never computed again."""
 
-    def __init__(self, model: Model, pictures: list[Kept]) -> None:
-        self._model, self._pictures = model, pictures
+    def __init__(self, model: Model, pictures: list[Kept], system: str | None = None) -> None:
+        self._model, self._pictures, self._system = model, pictures, system
         self._turns: list[tuple[str, list[int]]] = []
 
     def ask(self, prompt: str, *, max_new_tokens: int = 512, repetition_penalty: float | None = None) -> Answer:
         """Answers the next question; the answers before it stay in the context. Raises as Model.ground does."""
-        model = self._model
+        check_question(prompt, max_new_tokens, repetition_penalty)
+        model, turns = self._model, self._turns
         with model._line:
             clock = Clock()
             clock.stats["preprocess_ms"] = 0.0
-            steps = model._ask(prompt, self._pictures, self._turns, max_new_tokens, repetition_penalty, clock)
+            steps = model._ask(prompt, self._pictures, turns, max_new_tokens, repetition_penalty, clock, self._system)
             answer = Stream(steps).finish()
-            self._turns.append((prompt, [token.id for token in answer.tokens]))
+            turns.append((prompt, [token.id for token in answer.tokens]))
         return answer
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -314,8 +341,8 @@ def load(
     check_backend(backend)
     if precision not in ("auto", "fp32"):
         raise UnsupportedError(f"precision {precision!r} is unknown; choose auto or fp32")
-    if cache_bytes < 0:
-        raise MigicianError(f"cache_bytes is {cache_bytes}; give a number of bytes, or 0 to keep no pictures")
+    cache_bytes = check_count("cache_bytes", cache_bytes, least=0, most=1 << 62)
+    threads = check_count("threads", threads, least=0)
     checkpoint = open_checkpoint(source or os.environ.get("MIGICIAN_MODEL") or "nano")
     try:
         preprocessor = _bounded(checkpoint.preprocessor, min_pixels, max_pixels)
@@ -337,6 +364,9 @@ def _load_again(source: str, asked: dict[str, Any]) -> Model:
 
 def _bounded(pre: Preprocessor, min_pixels: int | None, max_pixels: int | None) -> Preprocessor:
     """The model's own bounds on a resized picture's area, or those given in their place."""
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if value is not None:
+            check_count(name, value, least=0)
     low, high = min_pixels or pre.min_pixels, max_pixels or pre.max_pixels
     if max_pixels and not min_pixels:
         low = min(low, high)

@@ -1,35 +1,41 @@
-"""Words to token ids and back: the tokenizer, Qwen2-VL's chat template, M-RoPE positions.
+"""Words to token ids and back: the tokenizer, the prompt in the model's chat template, M-RoPE positions.
 
-The template, for two pictures (each `<|image_pad|>` repeated once per cell of its picture, no newlines around):
-
-    <|im_start|>system
-    You are a helpful assistant.<|im_end|>
-    <|im_start|>user
-    <|vision_start|><|image_pad|><|vision_end|><|vision_start|><|image_pad|><|vision_end|>QUESTION<|im_end|>
-    <|im_start|>assistant
+The template (chat_template.py) is Qwen2-VL's, or the model's own where its folder has another. All pictures stand at
+the start of the first question, unless it says where: as many of `<image>`, `<|image_pad|>` or
+`<|vision_start|><|image_pad|><|vision_end|>` in it as there are pictures are their places, in order.
 
 Words of a user are data. The tags of references, boxes and quads are special tokens in them too, since questions are
-asked with them; any other special token, `<|im_end|>` or `<|image_pad|>` say, is spelled out as the characters it
-consists of. So a prompt cannot close its own turn, open another speaker's, or stand in for a picture.
+asked with them; any other special token, `<|im_end|>` say, is spelled out as the characters it consists of. So a prompt
+cannot close its own turn, open another speaker's, or stand in for a picture that was not given.
 
 Nothing here assumes a kind of tokenizer or fixed ids: all come from the model's own `tokenizer.json`.
-Letters: T tokens.   Source: `chat_template.json` of Qwen2-VL; transformers `Qwen2VLModel.get_rope_index`.
+Letters: T tokens.   Source: transformers `apply_chat_template`, `Qwen2VLModel.get_rope_index`.
 """
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .chat_template import DEFAULT, PAD, ChatTemplate, Message, split_marks
 from .errors import MigicianError, ModelFileError
-from .files.chat_template import SYSTEM_TURN
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["USER_TAGS", "TextStream", "Vocabulary", "build_prompt", "rope_positions", "token_spans"]
+__all__ = [
+    "PLACEHOLDER",
+    "USER_TAGS",
+    "Said",
+    "TextStream",
+    "Vocabulary",
+    "build_prompt",
+    "rope_positions",
+    "token_spans",
+]
 
 USER_TAGS = (
     "<|object_ref_start|>",
@@ -39,6 +45,8 @@ USER_TAGS = (
     "<|quad_start|>",
     "<|quad_end|>",
 )
+_TAGS = re.compile(r"(<\|\w+\|>)")
+PLACEHOLDER = re.compile(r"<image>|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>")
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -46,6 +54,13 @@ def _byte_of_char() -> dict[str, int]:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a template's words enclose: a person's words, which are data, or ids as they are."""
+
+    what: str | Sequence[int]
 
 
 class Vocabulary:
@@ -80,6 +95,10 @@ class Vocabulary:
             raise ModelFileError(f"the tokenizer has no {piece!r}; use the tokenizer.json that came with the model")
         return found
 
+    def knows(self, piece: str) -> bool:
+        """Whether the vocabulary has this piece."""
+        return self._tokenizer.token_to_id(piece) is not None
+
     def piece(self, token: int) -> str:
         """Names a token as the vocabulary does; "" for ids beyond it (Qwen2-VL has more rows than pieces)."""
         return (self._tokenizer.id_to_token(token) or "") if token >= 0 else ""
@@ -105,6 +124,35 @@ class Vocabulary:
             tag = self._user_tags.get(part)
             ids += self._characters(part) if tag is None else [tag]
         return ids
+
+    def encode_parts(self, parts: Iterable["str | Said"]) -> list[int]:
+        """Encodes a template's own words, str, and what was said between them; see Said.
+
+        Words are encoded together wherever no special token stands between them: a question that starts with a newline
+        shares a token with the line before it. Raises ModelFileError for a tag of the template's that is no token.
+        """
+        ids: list[int] = []
+        words = ""
+        for part in parts:
+            for piece in self._pieces(part):
+                if isinstance(piece, str):
+                    words += piece
+                else:
+                    ids += [*self._characters(words), *piece]
+                    words = ""
+        return ids + self._characters(words)
+
+    def _pieces(self, part: "str | Said") -> Iterator[str | Sequence[int]]:
+        """A part as plain words and the ids between them."""
+        if isinstance(part, str):
+            for piece in self._split_all(part):
+                for word in _TAGS.split(piece):  # some tokenizers do not list the template's tags as special
+                    yield [self.id(word)] if _TAGS.fullmatch(word) else word
+        elif isinstance(part.what, str):
+            for piece in self._split_user(part.what):
+                yield [self._user_tags[piece]] if piece in self._user_tags else piece
+        else:
+            yield part.what
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Turns ids back into text. skip_special drops all special tokens, box and reference tags too.
@@ -218,40 +266,57 @@ def build_prompt(
     visual_tokens: Sequence[int],
     *,
     history: Sequence[tuple[str, str | Sequence[int]]] = (),
+    system: str | None = None,
+    template: ChatTemplate = DEFAULT,
 ) -> list[int]:
     """Builds the ids of a whole prompt in the model's chat template, ready for the answer's first token.
 
-    visual_tokens[i]: cells of picture i. All pictures stand at the start of the first user turn.
+    visual_tokens[i]: cells of picture i. The pictures belong to the first question: at its start, or in the places that
+    it holds for them.   system: words of the system turn; None leaves it to the template, "" is an empty turn.
     history: earlier turns as (question, answer), the answer as text or as the ids that the model gave, which keep a
     cached prefix valid to the last token even where text would be cut into tokens differently.
-    Raises MigicianError for an empty question, ModelFileError when the vocabulary lacks the template's tokens.
+    Raises MigicianError for an empty question or one with places for fewer or more pictures, ModelFileError when the
+    vocabulary lacks the template's tokens, UnsupportedError for a conversation that the template does not serve.
     """
-    # Words are encoded together with the line before them wherever no special token stands between: a question that
-    # starts with a newline shares a token with it.
-    for question in (prompt, *(q for q, _ in history)):
-        if not question.strip():
-            raise MigicianError("the prompt is empty; write what to find in the pictures")
-    user, assistant, end = vocab.encode("<|im_start|>"), vocab.encode("<|im_start|>"), vocab.encode("<|im_end|>")
-    newline = vocab.encode("\n")
-    pictures: list[int] = []
-    if visual_tokens:
-        opening, pad, closing = (vocab.id(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end"))
-        for count in visual_tokens:
-            pictures += [opening, *([pad] * count), closing]
-    ids = vocab.encode(SYSTEM_TURN)
+    messages = [] if system is None else [Message("system", (system,))]
+    said = [Said(system.strip())] if system is not None else []
     for turn, (question, answer) in enumerate([*history, (prompt, None)]):
-        ids += user
-        if turn == 0 and pictures:
-            ids += [*vocab.encode("user\n"), *pictures, *vocab.encode_user(question)]
-        else:
-            ids += vocab.encode_user("user\n" + question)
-        ids += [*end, *newline, *assistant]
-        if isinstance(answer, str):
-            ids += [*vocab.encode_user("assistant\n" + answer), *end, *newline]
-        else:
-            ids += [*vocab.encode("assistant\n"), *(answer or ())]
-            ids += [*end, *newline] if answer is not None else []
-    return ids
+        content = _content(question, len(visual_tokens) if turn == 0 else 0)
+        messages.append(Message("user", content))
+        said += [Said(part.strip()) for part in content if part is not None]
+        if answer is not None:
+            messages.append(Message("assistant", (answer if isinstance(answer, str) else "ids",)))
+            said.append(Said(answer.strip() if isinstance(answer, str) else answer))
+    parts: list[str | Said] = []
+    cells = iter(visual_tokens)
+    for part in split_marks(template.write(messages)):
+        if isinstance(part, int):
+            parts.append(said[part])
+            continue
+        first, *behind_pads = part.split(PAD)
+        parts.append(first)
+        for words in behind_pads:
+            parts += [Said([vocab.id(PAD)] * next(cells)), words]
+    return vocab.encode_parts(parts)
+
+
+def _content(question: str, pictures: int) -> list[str | None]:
+    """A question's words, and None for each of its pictures, in their order."""
+    words = PLACEHOLDER.split(question) if pictures else [question]
+    if not "".join(words).strip():
+        raise MigicianError("the prompt is empty; write what to find in the pictures")
+    if len(words) == 1:
+        return [*[None] * pictures, question]
+    if len(words) - 1 != pictures:
+        tags = ", ".join(sorted(set(PLACEHOLDER.findall(question))))
+        raise MigicianError(
+            f"the prompt has {len(words) - 1} places for pictures ({tags[:80]}) and {pictures} pictures were given; "
+            f"write one place for each, or none"
+        )
+    content: list[str | None] = [words[0]]
+    for text in words[1:]:
+        content += [None, text]
+    return [part for part in content if part != ""]
 
 
 def rope_positions(

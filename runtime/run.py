@@ -39,6 +39,7 @@ class Request:
 
     images: tuple[str, ...]
     prompt: str
+    system: str | None
     model: str | None
     backend: str
     as_json: bool
@@ -85,6 +86,7 @@ _COUNT = click.IntRange(min=1, max=(1 << 31) - 1)
 @click.argument("words", nargs=-1, metavar="[IMAGE]... PROMPT")
 @click.option("--model", metavar="M", help="A .mig file, a checkpoint folder, a hub id, nano. [MIGICIAN_MODEL, nano]")
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="native", help="What computes. [native]")
+@click.option("--system", metavar="TEXT", help="The system turn. [the model's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--draw", metavar="OUT.png", callback=_sheet_path, help="Write a sheet of the pictures with boxes.")
 @click.option("--max-new-tokens", type=_COUNT, default=512, show_default=True, metavar="N", help="Longest answer.")
@@ -162,6 +164,8 @@ def _run(request: Request) -> None:
         max_pixels=request.max_pixels,
         speculate=request.speculate,
     ) as model:
+        for note in model.notes:
+            click.echo(note, err=True)
         if request.stats:
             from .files.describe import describe_line
 
@@ -204,6 +208,7 @@ def _ask(model: "Model", request: Request, pictures: "Sequence[PictureSource]") 
         max_new_tokens=request.max_new_tokens,
         max_side=request.max_side,
         repetition_penalty=request.repetition_penalty,
+        system=request.system,
     )
     shown = ""
     for step in steps:
@@ -234,6 +239,18 @@ def _as_dict(answer: "Answer", model: "Model", logprobs: bool) -> dict[str, Any]
             }
             for box in answer.boxes
         ],
+        "points": [
+            {
+                "image": point.image,
+                "label": point.label,
+                "xy": list(point.xy),
+                "grid": list(point.grid),
+                "score": _number(point.score),
+            }
+            for point in answer.points
+        ],
+        "clipped": answer.clipped,
+        "repeated": answer.repeated > 0,
         "model": model.name,
         "backend": model.backend,
         "prompt_tokens": answer.prompt_tokens,
@@ -249,13 +266,21 @@ def _print_text(answer: "Answer", request: Request) -> None:
     """The answer on stdout, in a terminal with a table of its boxes; what else was asked for on stderr."""
     if not request.stream:
         click.echo(answer.text)
-    if answer.boxes and sys.stdout.isatty():
+    if (answer.boxes or answer.points) and sys.stdout.isatty():
         click.echo()
         click.echo(_table(answer, request.images))
-    if answer.finish == "length":
+    if answer.repeated:
+        click.echo(
+            f"the answer repeats itself, {answer.repeated + 1} times the same, until {len(answer.tokens)} tokens were "
+            f"used up; nothing was cut that matters; ask for less at once, or raise --repetition-penalty",
+            err=True,
+        )
+    elif answer.finish == "length":
         click.echo(f"the answer was cut after {request.max_new_tokens} tokens; raise --max-new-tokens", err=True)
     if answer.unparsed:
         click.echo(f"{answer.unparsed} malformed boxes were left in the text", err=True)
+    if answer.clipped:
+        click.echo(f"{answer.clipped} boxes or points reached beyond the picture and were cut at its edge", err=True)
     if request.logprobs:
         for token in answer.tokens:
             click.echo(f"token {token.id}  {token.logprob:.4f}", err=True)
@@ -264,12 +289,14 @@ def _print_text(answer: "Answer", request: Request) -> None:
 
 
 def _table(answer: "Answer", images: Sequence[str]) -> str:
-    """One line per box: picture, label, pixels, score."""
+    """One line per box and point: picture, label, pixels, score."""
+    from .boxes import Box, Point
     from .sources import file_name
 
-    rows = [("picture", "file", "label", "x1 y1 x2 y2", "score")]
-    for box in answer.boxes:
-        corners = " ".join(f"{value:.0f}" for value in box.xyxy)
+    rows = [("picture", "file", "label", "x1 y1 x2 y2" if answer.boxes else "x y", "score")]
+    found: list[Box | Point] = [*answer.boxes, *answer.points]
+    for box in found:
+        corners = " ".join(f"{value:.0f}" for value in (box.xy if isinstance(box, Point) else box.xyxy))
         label = " ".join(box.label.split())
         label = label if len(label) <= 32 else label[:31] + "…"
         rows.append((str(box.image), file_name(images[box.image]), label, corners, f"{box.score:.2f}"))
@@ -283,8 +310,9 @@ def _draw(path: Path, pictures: "Sequence[Image.Image]", title: str, answer: "An
     from .files.write import whole_file
     from .fonts import advice, undrawable
 
-    sheet = contact_sheet(pictures, answer.boxes, title=title)
-    if lost := undrawable(" ".join([title, *(box.label for box in answer.boxes)])):
+    sheet = contact_sheet(pictures, answer.boxes, points=answer.points, title=title)
+    labels = [box.label for box in answer.boxes] + [point.label for point in answer.points]
+    if lost := undrawable(" ".join([title, *labels])):
         click.echo(f"--draw: {advice(lost)}", err=True)
     with whole_file(path) as file:
         sheet.save(file, format=_SHEET_FORMATS[path.suffix.lower()])

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ...runtime.chat_template import CHAT_TEMPLATE
 from ...runtime.errors import UnsupportedError
-from ...runtime.files.chat_template import CHAT_TEMPLATE
 from ...runtime.files.checkpoint import Checkpoint
 from ...runtime.files.tensors import Tensor, parse_json
 from ...runtime.files.write import whole_folder
@@ -201,7 +201,7 @@ def _texts(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, str]:
         "preprocessor_config.json": _json(pictures),
         "tokenizer.json": checkpoint.tokenizer_json,
         "tokenizer_config.json": _json(_tokenizer_config(checkpoint)),
-        "chat_template.json": _json({"chat_template": CHAT_TEMPLATE}),
+        "chat_template.json": _json({"chat_template": raw.get("chat_template", CHAT_TEMPLATE)}),
     }
     if parse_json(raw["generation"], checkpoint.name, "generation configuration"):
         texts["generation_config.json"] = raw["generation"]
@@ -228,5 +228,5 @@ def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": checkpoint.config.text.max_positions,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": checkpoint.raw.get("chat_template", CHAT_TEMPLATE),
     }

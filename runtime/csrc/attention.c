@@ -18,14 +18,14 @@
 #include <string.h>
 
 enum {
-    Q_BLOCK = 48,     /* queries whose scores are kept at a time */
+    Q_BLOCK = 48, /* queries whose scores are kept at a time */
     TASK_QUERIES = MIGI_CHUNK,
-    TASKS = 4,        /* for every thread */
-    KEY_BLOCK = 800,  /* a multiple of every table's nr, nr_bf16 and k_bf16 */
+    TASKS = 4,               /* for every thread */
+    KEY_BLOCK = 800,         /* a multiple of every table's nr, nr_bf16 and k_bf16 */
     SCORES = KEY_BLOCK + 32, /* floats from one query's scores to the next: no power of two, whose lines share few sets of a cache */
     FEW_QUERIES = MIGI_FEW_ROWS,
-    FEW_KEYS = 256,   /* keys of a block then */
-    MAX_SHARE = 16,   /* query heads of a task then */
+    FEW_KEYS = 256, /* keys of a block then */
+    MAX_SHARE = 16, /* query heads of a task then */
 };
 
 typedef struct attention_call {
@@ -105,7 +105,7 @@ static void few_values(const attention_call *c, float *out, const float *scores,
     }
     for (int r = 0; r < rows; r++)
         c->ws->k->weighted_sum(out + (size_t)r * (size_t)a->size, (const float *)a->v + at, a->ldkv, scores + r * FEW_KEYS,
-                                seen_keys(c, r, k0, n), a->size);
+                               seen_keys(c, r, k0, n), a->size);
 }
 
 /* `share` query heads from `head` on, all of one key/value head, and all queries. */
@@ -114,7 +114,8 @@ static void few_queries(const attention_call *c, int head, float *scratch)
     const attention *a = c->a;
     const migi_kernels *k = c->ws->k;
     int rows = a->queries * c->share;
-    size_t size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head, row_bytes = (size_t)c->share * size * sizeof(float);
+    size_t size = (size_t)a->size, kv = (size_t)(head / (a->heads / a->kv_heads)) * a->kv_head,
+           row_bytes = (size_t)c->share * size * sizeof(float);
     float *scores = scratch, *q = scores + MAX_SHARE * FEW_QUERIES * FEW_KEYS, *out = q + (size_t)rows * size;
     float *max = out + (size_t)rows * size, *sum = max + rows;
     for (int i = 0; i < a->queries; i++)
@@ -197,7 +198,8 @@ static void turn(const attention_call *c, float *x, int token)
 
 /* Rows [first, first + rows) of one head's keys or values as float: in place, or widened or turned in `wide`. *ld: floats
  * per row. */
-static const float *as_floats(const attention_call *c, const void *side, size_t head_at, int first, int rows, bool turned, float *wide, size_t *ld)
+static const float *as_floats(const attention_call *c, const void *side, size_t head_at, int first, int rows, bool turned, float *wide,
+                              size_t *ld)
 {
     const attention *a = c->a;
     size_t at = head_at + (size_t)first * a->ldkv;
@@ -271,8 +273,7 @@ static void pack_block(void *arg, int task, int worker)
     if (c->ws->bf16) {
         for (int i = 0; i < n; i++) k->round_bf16(half + (size_t)i * s, values + (size_t)i * ldv, (size_t)a->size);
         pack_value_pairs(k, (uint32_t *)(void *)to_values, half, s, n, (int)migi_padded(k, (size_t)n), a->size);
-    } else
-        pack_values(k, (float *)(void *)to_values, values, ldv, n, a->size);
+    } else pack_values(k, (float *)(void *)to_values, values, ldv, n, a->size);
 }
 
 /* scores[rows][SCORES] = q k^T of the task's queries from `row` on and n packed keys */
@@ -281,10 +282,9 @@ static void block_scores(const attention_call *c, const room *r, const char *key
     const migi_kernels *k = c->ws->k;
     size_t at = (size_t)row * c->s;
     if (c->ws->bf16)
-        k->gemm_bf16(r->scores, SCORES, r->q_half + at, c->s, (const uint32_t *)(const void *)keys, (size_t)k->nr_bf16 * c->s / 2, rows,
-                     n, (int)migi_padded(k, (size_t)c->a->size), 0);
-    else
-        k->gemm_f32(r->scores, SCORES, r->q + at, c->s, (const float *)(const void *)keys, (size_t)k->nr * c->s, rows, n, c->a->size, 0);
+        k->gemm_bf16(r->scores, SCORES, r->q_half + at, c->s, (const uint32_t *)(const void *)keys, (size_t)k->nr_bf16 * c->s / 2, rows, n,
+                     (int)migi_padded(k, (size_t)c->a->size), 0);
+    else k->gemm_f32(r->scores, SCORES, r->q + at, c->s, (const float *)(const void *)keys, (size_t)k->nr * c->s, rows, n, c->a->size, 0);
 }
 
 /* out[rows][s] of the task's queries from `row` on = probabilities times n packed values, or with add += */

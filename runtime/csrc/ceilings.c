@@ -14,12 +14,12 @@
 #include <time.h>
 
 enum {
-    STREAM = 256 << 20, /* bytes; four times the third-level cache of most machines */
-    PIECE = 2 << 20,    /* of them in a task */
-    ROUND = 16,         /* pieces of a round, a millisecond or two: on a busy machine some rounds go undisturbed */
-    BYTES_AHEAD = 2048, /* bytes asked for early: without it a page's end costs a fifth of the speed (Zen 3) */
+    STREAM = 256 << 20,  /* bytes; four times the third-level cache of most machines */
+    PIECE = 2 << 20,     /* of them in a task */
+    ROUND = 16,          /* pieces of a round, a millisecond or two: on a busy machine some rounds go undisturbed */
+    BYTES_AHEAD = 2048,  /* bytes asked for early: without it a page's end costs a fifth of the speed (Zen 3) */
     OPERAND = 256 << 10, /* bytes of each operand of a kernel, for each thread */
-    LOOPS = 20000,      /* of a register loop in a task */
+    LOOPS = 20000,       /* of a register loop in a task */
 };
 
 typedef double product(const migi_kernels *k, char *a, char *w, char *c); /* returns the operations done */
@@ -108,22 +108,23 @@ static double kernel_int8(const migi_kernels *k, char *a, char *w, char *c)
 
 enum { SUMS = 12 };
 
-#define REGISTER_LOOP(name, features, type, zero, step, store, operations)                     \
+#define REGISTER_LOOP(name, features, type, zero, step, store, operations)                                 \
     __attribute__((target(features))) static double name(const migi_kernels *k, char *a, char *w, char *c) \
-    {                                                                                            \
-        (void)k;                                                                                 \
-        type x, y, sum[SUMS];                                                                    \
-        memcpy(&x, a, sizeof x), memcpy(&y, w, sizeof y);                                        \
-        for (int j = 0; j < SUMS; j++) sum[j] = zero;                                            \
-        for (int i = 0; i < LOOPS; i++)                                                          \
-            for (int j = 0; j < SUMS; j++) { step; }                                             \
-        for (int j = 0; j < SUMS; j++) store;                                                    \
-        return 2. * (operations) * SUMS * LOOPS;                                                 \
+    {                                                                                                      \
+        (void)k;                                                                                           \
+        type x, y, sum[SUMS];                                                                              \
+        memcpy(&x, a, sizeof x), memcpy(&y, w, sizeof y);                                                  \
+        for (int j = 0; j < SUMS; j++) sum[j] = zero;                                                      \
+        for (int i = 0; i < LOOPS; i++)                                                                    \
+            for (int j = 0; j < SUMS; j++) { step; }                                                       \
+        for (int j = 0; j < SUMS; j++) store;                                                              \
+        return 2. * SUMS * LOOPS * (operations);                                                           \
     }
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+/* clang-format off */
 REGISTER_LOOP(fma_256, "avx2,fma", __m256, _mm256_setzero_ps(), sum[j] = _mm256_fmadd_ps(sum[j], x, y),
               _mm256_storeu_ps((float *)(void *)c + 8 * j, sum[j]), 8)
 /* the empty assembly makes x a new value each time: else one product would serve all sums */
@@ -147,6 +148,7 @@ REGISTER_LOOP(dpbf16_512, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
 REGISTER_LOOP(fma_128, "arch=armv8-a", float32x4_t, vdupq_n_f32(0), sum[j] = vfmaq_f32(sum[j], x, y),
               vst1q_f32((float *)(void *)c + 4 * j, sum[j]), 4)
 #endif
+/* clang-format on */
 
 /* Which register loops say what the table's instructions can do; NULL: none, the kernel's rate stands alone. */
 static const struct loops {

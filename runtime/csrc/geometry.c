@@ -15,7 +15,8 @@ migi_status migi_patchify(const migi_config *c, const uint8_t *rgb, int32_t heig
         for (int bx = 0; bx < width / unit; bx++)
             for (int my = 0; my < c->merge; my++)
                 for (int mx = 0; mx < c->merge; mx++) {
-                    const uint8_t *from = rgb + 3 * ((size_t)(by * unit + my * c->patch) * (size_t)width + (size_t)(bx * unit + mx * c->patch));
+                    const uint8_t *from = rgb +
+                                          3 * ((size_t)(by * unit + my * c->patch) * (size_t)width + (size_t)(bx * unit + mx * c->patch));
                     for (int channel = 0; channel < 3; channel++)
                         for (int t = 0; t < c->temporal; t++)
                             for (int y = 0; y < c->patch; y++)
@@ -45,7 +46,8 @@ migi_status migi_check_places(walker w, const int32_t *tokens, int32_t count, mi
         bool cell = i < count && tokens[i] == w.image_token;
         if (!cell && w.cell) {
             grid g = w.grid_of(w.given, w.picture);
-            return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d tokens, the prompt holds %d for it", w.picture + 1, g.rows * g.cols, w.cell);
+            return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d tokens, the prompt holds %d for it", w.picture + 1, g.rows * g.cols,
+                             w.cell);
         }
         if (cell && w.picture == w.pictures)
             return migi_fail(err, MIGI_E_ARGUMENT, "the prompt has places for more than the %d pictures given", w.pictures);
@@ -69,7 +71,8 @@ migi_status migi_positions(const migi_config *c, const int32_t *tokens, int32_t 
     walker w = {.image_token = c->image_token, .grid_of = plain_grid, .given = grids, .pictures = pictures};
     for (int i = 0; i < pictures; i++)
         if (grids[2 * i] < 1 || grids[2 * i + 1] < 1 || (int64_t)grids[2 * i] * grids[2 * i + 1] > INT32_MAX)
-            return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d x %d cells; give 1 x 1 or more", i + 1, grids[2 * i], grids[2 * i + 1]);
+            return migi_fail(err, MIGI_E_ARGUMENT, "picture %d has %d x %d cells; give 1 x 1 or more", i + 1, grids[2 * i],
+                             grids[2 * i + 1]);
     migi_status status = migi_check_places(w, tokens, count, err);
     for (int32_t i = 0; i < count && status == MIGI_OK; i++) {
         place p = migi_walk(&w, tokens[i]);

@@ -5,7 +5,9 @@
 #include "internal.h"
 #include "migi_measure.h"
 
-typedef struct grid { int rows, cols; } grid; /* merged cells of a picture */
+typedef struct grid {
+    int rows, cols; /* merged cells of a picture */
+} grid;
 
 typedef struct place {
     int32_t at[3];     /* in M-RoPE space: time, row, column */

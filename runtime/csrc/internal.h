@@ -1,20 +1,20 @@
 /* internal.h - what every file of the core uses: errors and memory. And the core's map.
  *
- * A file includes the headers of those it builds on, and nothing points back (A -> B: A uses B; internal.h is everyone's):
+ * A -> B: a file of A includes B's header, and with it what that includes. Nothing points back. internal.h is everyone's.
  *
- *   session    -> language vision runner model geometry pool kernels       the timeline, and the public calls on it
- *   language   -> runner model attention linear workspace pool kernels     Qwen2: tokens to logits, and the KV cache
- *   vision     -> runner model attention linear workspace geometry pool    pixels to embeddings
- *   runner     -> model attention linear workspace pool                    a session's workspace, and what stops its work
- *   model      -> linear weights                                           the tensors that a geometry asks for
- *   attention  -> workspace pool kernels
- *   linear     -> weights workspace pool kernels
- *   weights    -> kernels                                                  stored tensors, checked and bound
- *   workspace  -> pool kernels                                             threads, precision and buffers of products
- *   geometry                                                               where pixels and tokens stand
- *   ceilings   -> pool kernels                                             what the machine can do at most
- *   pool       -> kernels                                                  threads
- *   kernels                                                                a folder: kernels.h, dispatch.c, one file per ISA
+ *   session   -> language vision geometry     the timeline, and the public calls on it
+ *   language  -> runner attention             Qwen2: tokens to logits, and the KV cache
+ *   vision    -> runner attention geometry    pixels to embeddings
+ *   runner    -> model attention              a session's workspace, and the word to stop
+ *   model     -> linear                       the tensors that a geometry asks for
+ *   attention -> workspace                    softmax(q k^T / sqrt(S)) v
+ *   linear    -> weights workspace            y (+)= x w^T + bias
+ *   weights   -> kernels                      stored tensors, checked and bound
+ *   workspace -> pool                         threads, precision and buffers of products
+ *   geometry                                  where pixels and tokens stand
+ *   ceilings  -> pool                         what the machine does at most
+ *   pool      -> kernels                      threads
+ *   kernels                                   a folder: one table for each instruction set
  *
  * Letters: T tokens, P patches, D width of a tower, K inputs and N outputs of a linear map, H heads, S head size.
  */
@@ -32,17 +32,17 @@ static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 migi_status migi_fail(migi_error *err, migi_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-#define TRY(call)                                        \
-    do {                                                 \
-        status = (call);                                 \
-        if (status != MIGI_OK) goto done;                \
+#define TRY(call)                         \
+    do {                                  \
+        status = (call);                  \
+        if (status != MIGI_OK) goto done; \
     } while (0)
-#define FAIL_IF(condition, code, ...)                    \
-    do {                                                 \
-        if (condition) {                                 \
-            status = migi_fail(err, code, __VA_ARGS__);  \
-            goto done;                                   \
-        }                                                \
+#define FAIL_IF(condition, code, ...)                   \
+    do {                                                \
+        if (condition) {                                \
+            status = migi_fail(err, code, __VA_ARGS__); \
+            goto done;                                  \
+        }                                               \
     } while (0)
 
 /* ---- memory */

@@ -65,10 +65,8 @@ void migi_put_token(language *l, int row, int32_t token, const int32_t at[3])
     const matrix *e = &l->m->embedding;
     size_t n = (size_t)e->cols, first = (size_t)token * n;
     float *to = l->x + (size_t)row * n;
-    if (e->dtype == MIGI_I8)
-        migi_dequantize(e, token, 1, 0, e->cols, to, n, 1);
-    else if (e->dtype == MIGI_F32)
-        memcpy(to, (const float *)e->data + first, n * sizeof *to);
+    if (e->dtype == MIGI_I8) migi_dequantize(e, token, 1, 0, e->cols, to, n, 1);
+    else if (e->dtype == MIGI_F32) memcpy(to, (const float *)e->data + first, n * sizeof *to);
     else
         for (size_t i = 0; i < n; i++) to[i] = migi_bf16_to_f32(((const uint16_t *)e->data)[first + i]);
     set_angles(l, row, at);
@@ -151,13 +149,16 @@ static void finish_rows(const layer_call *r, const layer *w, int rows)
     const language *l = r->l;
     const migi_config *c = &l->m->c;
     const workspace *ws = &l->runner->ws;
-    size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, mlp = (size_t)c->intermediate, size = (size_t)c->head_dim;
+    size_t hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim, mlp = (size_t)c->intermediate,
+           size = (size_t)c->head_dim;
     int n = rows - r->from;
     float *x = l->x + (size_t)r->from * hidden;
+    /* clang-format off */
     migi_attend(ws, &(attention){.q = l->q + (size_t)r->from * q, .ldq = q, .k = cached(l, r->layer, false, 0, 0),
         .v = cached(l, r->layer, true, 0, 0), .half = l->cache->half, .ldkv = size, .kv_head = (size_t)l->cache->context * size,
         .out = l->h, .ldo = q, .queries = n, .keys = r->first + rows, .heads = c->heads, .kv_heads = c->kv_heads, .size = c->head_dim,
         .causal = true, .panels = l->cache->panels});
+    /* clang-format on */
     migi_linears(ws, &(linear){.w = &w->o, .y = x, .ldy = hidden, .add = true}, 1, &(rows_in){.x = l->h, .ldx = q, .rows = n});
     migi_gated(ws, &(linear){.w = &w->gate, .y = l->gated, .ldy = mlp}, &w->up,
                &(rows_in){.x = x, .ldx = hidden, .rows = n, .norm = &w->before_mlp, .eps = c->rms_eps, .room = l->h});

@@ -24,7 +24,7 @@ enum {
     N_BLOCK = 64,      /* output columns of a task; a multiple of every table's nr */
     K_BLOCK_F32 = 256, /* 16 columns x 256 x 4 bytes = 16 KB: half an L1 */
     K_BLOCK_BF16 = 1024,
-    M_BLOCK = 192, /* rows x K_BLOCK_F32 x 4 bytes = 196 KB: under an L2 */
+    M_BLOCK = 192,      /* rows x K_BLOCK_F32 x 4 bytes = 196 KB: under an L2 */
     K_BLOCK_INT = 2048, /* 64 columns x 2048 bytes = 128 KB */
     M_BLOCK_INT = 192,
     WIDE_TASK = 1 << 16, /* with few rows, bytes of weights that make a task */
@@ -120,9 +120,17 @@ static void norm_and_quantize_row(void *arg, int row, int worker)
 /* forms: a bit for each that is needed. */
 static operand prepare(const workspace *ws, const rows_in *in, int cols, unsigned forms)
 {
-    preparation p = {.ws = ws, .in = in, .o = {.rows = in->rows, .cols = cols, .x = in->x, .ldx = in->ldx,
-                     .rounded = ws->rounded, .ld_rounded = migi_padded(ws->k, (size_t)cols),
-                     .quantized = ws->quantized, .scales = ws->row_scales, .ld_quantized = migi_padded_int8((size_t)cols)}};
+    preparation p = {.ws = ws,
+                     .in = in,
+                     .o = {.rows = in->rows,
+                           .cols = cols,
+                           .x = in->x,
+                           .ldx = in->ldx,
+                           .rounded = ws->rounded,
+                           .ld_rounded = migi_padded(ws->k, (size_t)cols),
+                           .quantized = ws->quantized,
+                           .scales = ws->row_scales,
+                           .ld_quantized = migi_padded_int8((size_t)cols)}};
     bool on_the_way = in->norm && forms == 1u << AS_INT8 && (size_t)cols * sizeof(float) <= ws->scratch_bytes;
     if (in->norm && !on_the_way) {
         migi_pool_run(ws->pool, norm_to_room, &p, in->rows);
@@ -150,8 +158,7 @@ static int block_depth(const matrix *w)
 }
 
 /* sums[T, n] = quantized[T, Kp] w[n0 .. n0 + n)^T; n0 and n multiples of MIGI_BLOCK. wide: N_BLOCK * K_BLOCK_INT bytes. */
-static void sum_columns(const migi_kernels *k, const matrix *w, const operand *in, int n0, int n, int32_t *sums, size_t ld,
-                        int8_t *wide)
+static void sum_columns(const migi_kernels *k, const matrix *w, const operand *in, int n0, int n, int32_t *sums, size_t ld, int8_t *wide)
 {
     int rows = in->rows;
     const int8_t *a = in->quantized;
@@ -247,10 +254,8 @@ static void few_rows(const migi_kernels *k, const operand *in, const linear *som
             float *y = some->y + (size_t)r * some->ldy + j;
             const float *x = in->x + (size_t)r * in->ldx;
             size_t at = (size_t)(n0 + j) * ldw;
-            if (w->dtype == MIGI_BF16)
-                k->gemv_bf16(y, (const uint16_t *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
-            else
-                k->gemv_f32(y, (const float *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
+            if (w->dtype == MIGI_BF16) k->gemv_bf16(y, (const uint16_t *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
+            else k->gemv_f32(y, (const float *)w->data + at, ldw, x, min_int(step, n - j), w->cols);
         }
 }
 
@@ -259,8 +264,7 @@ static void many_rows_f32(const migi_kernels *k, const operand *in, const linear
     const matrix *w = some->w;
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_F32) {
         int depth = min_int(K_BLOCK_F32, w->cols - k0);
-        for (int j = 0; j < n; j += k->nr)
-            pack(k, w, n0 + j, min_int(k->nr, n - j), k0, depth, panels + (size_t)j * K_BLOCK_F32);
+        for (int j = 0; j < n; j += k->nr) pack(k, w, n0 + j, min_int(k->nr, n - j), k0, depth, panels + (size_t)j * K_BLOCK_F32);
         for (int r = 0; r < in->rows; r += M_BLOCK)
             k->gemm_f32(some->y + (size_t)r * some->ldy, some->ldy, in->x + (size_t)r * in->ldx + k0, in->ldx, panels,
                         (size_t)k->nr * K_BLOCK_F32, min_int(M_BLOCK, in->rows - r), n, depth, 1);
@@ -274,11 +278,11 @@ static void many_rows_bf16(const migi_kernels *k, const operand *in, const linea
     for (int k0 = 0; k0 < w->cols; k0 += K_BLOCK_BF16) {
         int depth = min_int(K_BLOCK_BF16, w->cols - k0), padded = (int)migi_padded(k, (size_t)depth);
         for (int j = 0; j < n; j += k->nr_bf16)
-            k->pack_pairs(panels + (size_t)j * (K_BLOCK_BF16 / 2), (const uint16_t *)w->data + (size_t)(n0 + j) * ldw + (size_t)k0,
-                          ldw, min_int(k->nr_bf16, n - j), depth, padded);
+            k->pack_pairs(panels + (size_t)j * (K_BLOCK_BF16 / 2), (const uint16_t *)w->data + (size_t)(n0 + j) * ldw + (size_t)k0, ldw,
+                          min_int(k->nr_bf16, n - j), depth, padded);
         for (int r = 0; r < in->rows; r += M_BLOCK)
-            k->gemm_bf16(some->y + (size_t)r * some->ldy, some->ldy, in->rounded + (size_t)r * in->ld_rounded + k0, in->ld_rounded,
-                         panels, (size_t)k->nr_bf16 * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, in->rows - r), n, padded, 1);
+            k->gemm_bf16(some->y + (size_t)r * some->ldy, some->ldy, in->rounded + (size_t)r * in->ld_rounded + k0, in->ld_rounded, panels,
+                         (size_t)k->nr_bf16 * (K_BLOCK_BF16 / 2), min_int(M_BLOCK, in->rows - r), n, padded, 1);
     }
 }
 
@@ -288,10 +292,8 @@ static void start_with_bias(const linear *some, int rows, int n)
         float *y = some->y + (size_t)r * some->ldy;
         if (some->add)
             for (int j = 0; j < n && some->bias; j++) y[j] += some->bias[j];
-        else if (some->bias)
-            memcpy(y, some->bias, (size_t)n * sizeof *y);
-        else
-            memset(y, 0, (size_t)n * sizeof *y);
+        else if (some->bias) memcpy(y, some->bias, (size_t)n * sizeof *y);
+        else memset(y, 0, (size_t)n * sizeof *y);
     }
 }
 
@@ -304,14 +306,10 @@ static void multiply(const workspace *ws, const operand *in, const linear *some,
         return;
     }
     start_with_bias(some, in->rows, n);
-    if (as == AS_BF16)
-        many_rows_bf16(ws->k, in, some, n0, n, scratch);
-    else if (in->rows > FEW_ROWS)
-        many_rows_f32(ws->k, in, some, n0, n, scratch);
-    else if (is_quantized(some->w))
-        few_rows_widened(ws->k, in, some, n0, n, scratch);
-    else
-        few_rows(ws->k, in, some, n0, n);
+    if (as == AS_BF16) many_rows_bf16(ws->k, in, some, n0, n, scratch);
+    else if (in->rows > FEW_ROWS) many_rows_f32(ws->k, in, some, n0, n, scratch);
+    else if (is_quantized(some->w)) few_rows_widened(ws->k, in, some, n0, n, scratch);
+    else few_rows(ws->k, in, some, n0, n);
     for (int r = 0; r < in->rows && some->then; r++) some->then(some->y + (size_t)r * some->ldy, n);
 }
 
@@ -415,8 +413,8 @@ migi_status migi_integer_sums(migi_pool *pool, const migi_tensor *weight, const 
                               int32_t k, int32_t *sums, float *scales, migi_error *err)
 {
     migi_status status = MIGI_OK;
-    workspace ws = {.pool = pool, .k = migi_pool_kernels(pool), .integers = true, .row_scales = scales,
-                    .scratch_bytes = (size_t)K_BLOCK_INT * N_BLOCK};
+    workspace ws = {
+        .pool = pool, .k = migi_pool_kernels(pool), .integers = true, .row_scales = scales, .scratch_bytes = (size_t)K_BLOCK_INT * N_BLOCK};
     sums_call c = {.ws = &ws, .sums = sums};
     TRY(migi_check_tensor(weight, err));
     if (factors) TRY(migi_check_tensor(factors, err));

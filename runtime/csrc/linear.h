@@ -6,7 +6,9 @@
 #include "weights.h"
 #include "workspace.h"
 
-typedef struct norm { float *w, *b; } norm; /* b NULL for RMS norms */
+typedef struct norm {
+    float *w, *b; /* b NULL for RMS norms */
+} norm;
 
 /* What is multiplied: rows of x[T, K], or those rows normed. */
 typedef struct rows_in {
@@ -24,7 +26,7 @@ typedef struct linear {
     const float *bias; /* [N] or NULL */
     float *y;
     size_t ldy;
-    bool add; /* y holds a residual to add to */
+    bool add;                      /* y holds a residual to add to */
     void (*then)(float *y, int n); /* what becomes of the outputs of a row in the end, or NULL */
 } linear;
 

@@ -105,8 +105,7 @@ MIGI_API size_t migi_kernel_report(char *text, size_t size);
 
 /* Checks every tensor that `config` asks for and keeps pointers to them. config and the tensor list are COPIED, the
  * weights are BORROWED until migi_model_free; only norms and biases are copied (as float). OWNED: migi_model_free. */
-MIGI_API migi_status migi_model_new(migi_model **out, const migi_config *config, const migi_tensor *tensors, size_t count,
-                                    migi_error *err);
+MIGI_API migi_status migi_model_new(migi_model **out, const migi_config *config, const migi_tensor *tensors, size_t count, migi_error *err);
 MIGI_API void migi_model_free(migi_model *model);
 MIGI_API int64_t migi_model_bytes(const migi_model *model); /* weights in use, mapped and copied */
 
@@ -124,8 +123,8 @@ MIGI_API int64_t migi_session_bytes(const migi_model *model, const migi_pool *po
 
 /* model and pool are BORROWED until migi_session_free. Nothing is allocated after this call but for pictures.
  * OWNED: migi_session_free. */
-MIGI_API migi_status migi_session_new(migi_session **out, const migi_model *model, migi_pool *pool,
-                                      const migi_session_options *options, migi_error *err);
+MIGI_API migi_status migi_session_new(migi_session **out, const migi_model *model, migi_pool *pool, const migi_session_options *options,
+                                      migi_error *err);
 MIGI_API void migi_session_free(migi_session *session);
 
 /* Stops the work of another thread in this session within one layer; the call there returns MIGI_E_CANCELLED. The
@@ -134,8 +133,8 @@ MIGI_API void migi_session_cancel(migi_session *session);
 
 /* Encodes one picture: rgb u8[height, width, 3], both sides multiples of patch * merge; COPIED. The session lends its
  * threads, precision and cancel flag; its timeline is not touched. OWNED: migi_vision_free. */
-MIGI_API migi_status migi_vision_encode(migi_vision **out, migi_session *session, const uint8_t *rgb, int32_t height,
-                                        int32_t width, migi_error *err);
+MIGI_API migi_status migi_vision_encode(migi_vision **out, migi_session *session, const uint8_t *rgb, int32_t height, int32_t width,
+                                        migi_error *err);
 MIGI_API void migi_vision_free(migi_vision *vision);
 MIGI_API int32_t migi_vision_tokens(const migi_vision *vision);
 MIGI_API const float *migi_vision_embeddings(const migi_vision *vision); /* f32[tokens, hidden]; BORROWED from vision */
@@ -144,13 +143,12 @@ MIGI_API const float *migi_vision_embeddings(const migi_vision *vision); /* f32[
  * prefix with what the session holds is kept but for its last few tokens, the rest is computed; logits of the last token
  * are ready after it. A picture is the same only if it is the same migi_vision.
  * tokens and visions are COPIED or used within the call. */
-MIGI_API migi_status migi_session_sync(migi_session *session, const int32_t *tokens, int32_t count,
-                                       const migi_vision *const *visions, int32_t pictures, migi_error *err);
+MIGI_API migi_status migi_session_sync(migi_session *session, const int32_t *tokens, int32_t count, const migi_vision *const *visions,
+                                       int32_t pictures, migi_error *err);
 
 /* Appends text tokens to the timeline. With logprobs not NULL, logprobs[i] is the natural log of the probability that
  * the model gave to tokens[i] before reading it (i = 0: by the logits that stood). */
-MIGI_API migi_status migi_session_append(migi_session *session, const int32_t *tokens, int32_t count, float *logprobs,
-                                         migi_error *err);
+MIGI_API migi_status migi_session_append(migi_session *session, const int32_t *tokens, int32_t count, float *logprobs, migi_error *err);
 
 /* Makes room for `context` tokens; the timeline stays. On failure the session is as it was. */
 MIGI_API migi_status migi_session_grow(migi_session *session, int32_t context, migi_error *err);
@@ -162,8 +160,7 @@ MIGI_API int32_t migi_session_kept(const migi_session *session);   /* tokens tha
 
 /* The most probable next token after the repetition penalty (1: none), which divides positive and multiplies negative
  * logits of every token already on the timeline. *logprob is the natural log of its probability WITHOUT the penalty. */
-MIGI_API migi_status migi_session_greedy(migi_session *session, float repetition_penalty, int32_t *token, float *logprob,
-                                         migi_error *err);
+MIGI_API migi_status migi_session_greedy(migi_session *session, float repetition_penalty, int32_t *token, float *logprob, migi_error *err);
 
 /* Decodes with drafts: tokens[0] is the next token, what follows it guesses, count at most MIGI_VERIFY_ROWS. All go
  * through the model in one pass; tokens[0] stays on the timeline, and each guess for as long as it is the choice after the

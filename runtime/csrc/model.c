@@ -9,6 +9,7 @@ enum { MAX_SIZE = 1 << 20, MAX_DEPTH = 1024, MAX_HEAD = 1024, MAX_MERGE = 16 };
 /* Every size, and every product of sizes that is the width of a matrix, fits MAX_SIZE: what follows computes in int. */
 static migi_status check_sizes(const migi_config *c, migi_error *err)
 {
+    /* clang-format off */
     const struct { const char *what; int64_t n, max; } sizes[] = {
         {"layers", c->layers, MAX_DEPTH}, {"v_depth", c->v_depth, MAX_DEPTH}, {"hidden", c->hidden, MAX_SIZE},
         {"intermediate", c->intermediate, MAX_SIZE}, {"heads", c->heads, MAX_SIZE}, {"kv_heads", c->kv_heads, MAX_SIZE},
@@ -18,10 +19,13 @@ static migi_status check_sizes(const migi_config *c, migi_error *err)
         {"heads * head_dim", (int64_t)c->heads * c->head_dim, MAX_SIZE},
         {"v_dim * merge^2", (int64_t)c->v_dim * c->merge * c->merge, MAX_SIZE},
         {"channels * temporal * patch^2", (int64_t)c->channels * c->temporal * c->patch * c->patch, MAX_SIZE}};
+    /* clang-format on */
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].n < 1 || sizes[i].n > sizes[i].max)
-            return migi_fail(err, MIGI_E_MODEL, "%s is %lld in the config, 1 to %lld are served; take the config that belongs to "
-                             "the weights", sizes[i].what, (long long)sizes[i].n, (long long)sizes[i].max);
+            return migi_fail(err, MIGI_E_MODEL,
+                             "%s is %lld in the config, 1 to %lld are served; take the config that belongs to "
+                             "the weights",
+                             sizes[i].what, (long long)sizes[i].n, (long long)sizes[i].max);
     return MIGI_OK;
 }
 
@@ -29,10 +33,11 @@ static migi_status check_config(const migi_config *c, migi_error *err)
 {
     migi_status status = check_sizes(c, err);
     if (status != MIGI_OK) return status;
-    if (c->heads % c->kv_heads || c->head_dim % 2 || c->v_dim % c->v_heads || c->v_dim / c->v_heads % 4 ||
-        c->v_dim / c->v_heads > MAX_HEAD)
-        return migi_fail(err, MIGI_E_MODEL, "the heads of the config do not divide (%d / %d heads of %d, vision %d / %d); take the "
-                         "config that belongs to the weights", c->heads, c->kv_heads, c->head_dim, c->v_dim, c->v_heads);
+    if (c->heads % c->kv_heads || c->head_dim % 2 || c->v_dim % c->v_heads || c->v_dim / c->v_heads % 4 || c->v_dim / c->v_heads > MAX_HEAD)
+        return migi_fail(err, MIGI_E_MODEL,
+                         "the heads of the config do not divide (%d / %d heads of %d, vision %d / %d); take the "
+                         "config that belongs to the weights",
+                         c->heads, c->kv_heads, c->head_dim, c->v_dim, c->v_heads);
     int64_t planes = 0;
     for (int i = 0; i < 3; i++) planes += c->mrope_section[i] < 0 ? MAX_HEAD : c->mrope_section[i];
     if (planes != c->head_dim / 2)
@@ -91,8 +96,8 @@ static size_t copied_floats(const migi_config *c)
 {
     size_t q = (size_t)c->heads * (size_t)c->head_dim, kv = (size_t)c->kv_heads * (size_t)c->head_dim, d = (size_t)c->v_dim;
     size_t merged = d * (size_t)c->merge * (size_t)c->merge;
-    return (size_t)c->layers * (2 * (size_t)c->hidden + q + 2 * kv) + (size_t)c->hidden +
-           (size_t)c->v_depth * (9 * d + (size_t)c->v_mlp) + 2 * d + merged + (size_t)c->hidden;
+    return (size_t)c->layers * (2 * (size_t)c->hidden + q + 2 * kv) + (size_t)c->hidden + (size_t)c->v_depth * (9 * d + (size_t)c->v_mlp) +
+           2 * d + merged + (size_t)c->hidden;
 }
 
 migi_status migi_model_new(migi_model **out, const migi_config *config, const migi_tensor *tensors, size_t count, migi_error *err)
@@ -118,8 +123,8 @@ migi_status migi_model_new(migi_model **out, const migi_config *config, const mi
     if (!c->tied) TRY(migi_find_matrix(&f, "lm_head.weight", c->vocab, c->hidden, &m->head, err));
     TRY(migi_find_vector(&f, "model.norm.weight", c->hidden, &m->final.w, err));
     for (int i = 0; i < c->layers; i++) TRY(find_layer(&f, c, i, &m->layers[i], err));
-    TRY(migi_find_matrix(&f, "visual.patch_embed.proj.weight", c->v_dim, c->channels * c->temporal * c->patch * c->patch,
-                    &m->patch_embed, err));
+    TRY(migi_find_matrix(&f, "visual.patch_embed.proj.weight", c->v_dim, c->channels * c->temporal * c->patch * c->patch, &m->patch_embed,
+                         err));
     for (int i = 0; i < c->v_depth; i++) TRY(find_block(&f, c, i, &m->blocks[i], err));
     TRY(migi_find_vector(&f, "visual.merger.ln_q.weight", c->v_dim, &m->merger_norm.w, err));
     TRY(migi_find_vector(&f, "visual.merger.ln_q.bias", c->v_dim, &m->merger_norm.b, err));

@@ -34,7 +34,10 @@ struct migi_pool {
     void *arg;
 };
 
-typedef struct seat { migi_pool *pool; int worker; } seat;
+typedef struct seat {
+    migi_pool *pool;
+    int worker;
+} seat;
 
 static inline void relax(void)
 {
@@ -149,8 +152,8 @@ migi_status migi_pool_new(migi_pool **out, int32_t threads, const char *isa, mig
     migi_status status = MIGI_OK;
     migi_pool *pool = NULL;
     *out = NULL;
-    FAIL_IF(threads < 0 || threads > MAX_THREADS, MIGI_E_ARGUMENT, "%d threads asked for; give 0 (one per core) to %d",
-            threads, MAX_THREADS);
+    FAIL_IF(threads < 0 || threads > MAX_THREADS, MIGI_E_ARGUMENT, "%d threads asked for; give 0 (one per core) to %d", threads,
+            MAX_THREADS);
     pool = calloc(1, sizeof *pool);
     FAIL_IF(!pool, MIGI_E_MEMORY, "no memory for the thread pool");
     init_locks(pool);

@@ -244,8 +244,8 @@ static migi_status check_prompt(const migi_session *s, const int32_t *tokens, in
     return status == MIGI_OK ? migi_check_places(w, tokens, count, err) : status;
 }
 
-migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t count, const migi_vision *const *visions,
-                              int32_t pictures, migi_error *err)
+migi_status migi_session_sync(migi_session *s, const int32_t *tokens, int32_t count, const migi_vision *const *visions, int32_t pictures,
+                              migi_error *err)
 {
     migi_status status = MIGI_OK;
     walker w = {.image_token = s->model->c.image_token, .grid_of = vision_grid, .given = visions, .pictures = pictures};

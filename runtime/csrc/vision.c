@@ -54,7 +54,8 @@ static void rope_tables(const migi_config *c, int height, int width, float *cosi
 }
 
 /* y = x w^T + bias, or y += */
-static void apply(const encoding *e, const matrix *w, const float *bias, const float *x, size_t ldx, float *y, size_t ldy, int rows, bool add)
+static void apply(const encoding *e, const matrix *w, const float *bias, const float *x, size_t ldx, float *y, size_t ldy, int rows,
+                  bool add)
 {
     migi_linears(&e->runner->ws, &(linear){.w = w, .bias = bias, .y = y, .ldy = ldy, .add = add}, 1,
                  &(rows_in){.x = x, .ldx = ldx, .rows = rows});
@@ -77,10 +78,12 @@ static void run_block(const encoding *e, const block *l)
     for (int p = 0; p < e->patches; p += chunk)
         apply_normed(e, &l->qkv, l->qkv_bias, &l->before_attention, e->x + (size_t)p * d, e->qkv + (size_t)p * 3 * d, 3 * d,
                      min_int(chunk, e->patches - p), NULL);
+    /* clang-format off */
     migi_attend(ws, &(attention){.q = e->qkv, .ldq = 3 * d, .k = e->qkv + d, .v = e->qkv + 2 * d, .ldkv = 3 * d,
         .kv_head = d / (size_t)c->v_heads, .out = e->qkv, .ldo = 3 * d, .queries = e->patches, .keys = e->patches,
         .heads = c->v_heads, .kv_heads = c->v_heads, .size = c->v_dim / c->v_heads, .causal = false, .cosine = e->cosine, .sine = e->sine,
         .panels = e->panels});
+    /* clang-format on */
     for (int p = 0; p < e->patches; p += chunk) {
         int rows = min_int(chunk, e->patches - p);
         float *x = e->x + (size_t)p * d;

@@ -32,8 +32,8 @@ migi_status migi_check_tensor(const migi_tensor *t, migi_error *err)
     int64_t elements = 1;
     for (int i = 0; i < t->rank; i++) {
         int64_t n = t->shape[i];
-        FAIL_IF(n < 0 || (n && elements > INT64_MAX / size / n), MIGI_E_MODEL, "tensor %.100s has an impossible dimension of %lld; "
-                AGAIN, t->name, (long long)n);
+        FAIL_IF(n < 0 || (n && elements > INT64_MAX / size / n), MIGI_E_MODEL, "tensor %.100s has an impossible dimension of %lld; " AGAIN,
+                t->name, (long long)n);
         elements *= n;
     }
     FAIL_IF(t->bytes != elements * size, MIGI_E_MODEL, "tensor %.100s holds %lld bytes, its shape asks for %lld; " AGAIN, t->name,
@@ -102,9 +102,10 @@ static migi_status find(finder *f, const char *name, int64_t rows, int64_t cols,
     int64_t got_rows = t->rank ? t->shape[0] : 0, got_cols = 1;
     for (int i = 1; i < t->rank && got_rows; i++) got_cols *= t->shape[i]; /* checked not to overflow but for a zero */
     if (got_rows != rows || got_cols != (cols ? cols : 1) || (!cols && t->rank != 1))
-        return migi_fail(err, MIGI_E_MODEL, "tensor %s has %lld x %lld elements, the config asks for %lld x %lld; take the config "
-                         "that belongs to the weights", name, (long long)got_rows, (long long)got_cols, (long long)rows,
-                         (long long)(cols ? cols : 1));
+        return migi_fail(err, MIGI_E_MODEL,
+                         "tensor %s has %lld x %lld elements, the config asks for %lld x %lld; take the config "
+                         "that belongs to the weights",
+                         name, (long long)got_rows, (long long)got_cols, (long long)rows, (long long)(cols ? cols : 1));
     f->bytes += t->bytes;
     *out = t;
     return MIGI_OK;
@@ -117,8 +118,10 @@ static migi_status bind_factors(matrix *m, const migi_tensor *w, const migi_tens
     bool fits = t->dtype == MIGI_U8 && t->rank == 3 && t->shape[0] == blocks && t->shape[1] > 0 && k % t->shape[1] == 0 &&
                 t->shape[2] == MIGI_BLOCK;
     int64_t group = fits ? k / t->shape[1] : 0;
-    FAIL_IF(!fits || group % 8 || group > MAX_GROUP, MIGI_E_MODEL, "tensor %.100s does not hold the factors of %lld rows of %lld in "
-            "groups of 8 to %d; " AGAIN, t->name, (long long)blocks * MIGI_BLOCK, (long long)k, MAX_GROUP);
+    FAIL_IF(!fits || group % 8 || group > MAX_GROUP, MIGI_E_MODEL,
+            "tensor %.100s does not hold the factors of %lld rows of %lld in "
+            "groups of 8 to %d; " AGAIN,
+            t->name, (long long)blocks * MIGI_BLOCK, (long long)k, MAX_GROUP);
     const uint8_t *factors = t->data;
     unsigned bad = 0;
     for (int64_t i = 0; i < t->bytes; i++) bad |= (unsigned)(factors[i] - 1) >= MAX_FACTOR;
@@ -136,8 +139,11 @@ migi_status migi_bind_blocks(matrix *m, const migi_tensor *w, const migi_tensor 
     FAIL_IF(cols > MAX_COLS_INT, MIGI_E_UNSUPPORTED, "tensor %.100s is quantized and has %d columns, %d are served; export it as bf16",
             w->name, cols, MAX_COLS_INT);
     FAIL_IF(w->rank != 4 || w->shape[0] != blocks || w->shape[1] != k / (w->dtype == MIGI_I8 ? 4 : 8) || w->shape[2] != MIGI_BLOCK ||
-            w->shape[3] != 4, MIGI_E_MODEL, "tensor %.100s does not hold the blocks of %d x %d quantized weights; take the config "
-            "that belongs to the weights", w->name, rows, cols);
+                w->shape[3] != 4,
+            MIGI_E_MODEL,
+            "tensor %.100s does not hold the blocks of %d x %d quantized weights; take the config "
+            "that belongs to the weights",
+            w->name, rows, cols);
     *m = (matrix){.data = w->data, .dtype = (migi_dtype)w->dtype, .rows = rows, .cols = cols};
     if (w->dtype == MIGI_U8) TRY(bind_factors(m, w, factors, blocks, k, err));
 done:
@@ -150,8 +156,8 @@ static migi_status find_scales(finder *f, const char *name, matrix *m, migi_erro
     const migi_tensor *t = companion(f, name, "_scale");
     int64_t rows = ((int64_t)m->rows + MIGI_BLOCK - 1) / MIGI_BLOCK * MIGI_BLOCK;
     FAIL_IF(!t, MIGI_E_MODEL, "tensor %s_scale is missing; " AGAIN, name);
-    FAIL_IF(t->dtype != MIGI_F32 || t->rank != 1 || t->shape[0] != rows, MIGI_E_MODEL, "tensor %.100s is not f32[%lld]; " AGAIN,
-            t->name, (long long)rows);
+    FAIL_IF(t->dtype != MIGI_F32 || t->rank != 1 || t->shape[0] != rows, MIGI_E_MODEL, "tensor %.100s is not f32[%lld]; " AGAIN, t->name,
+            (long long)rows);
     const float *scales = t->data;
     bool sound = true;
     for (int64_t i = 0; i < rows; i++) sound &= scales[i] >= 0.f && isfinite(scales[i]);
@@ -185,8 +191,7 @@ migi_status migi_find_vector(finder *f, const char *name, int n, float **out, mi
     const migi_tensor *t;
     migi_status status = find(f, name, n, 0, &t, err);
     if (status != MIGI_OK) return status;
-    if (t->dtype == MIGI_F32)
-        memcpy(f->next, t->data, (size_t)n * sizeof *f->next);
+    if (t->dtype == MIGI_F32) memcpy(f->next, t->data, (size_t)n * sizeof *f->next);
     else
         for (int i = 0; i < n; i++) f->next[i] = migi_bf16_to_f32(((const uint16_t *)t->data)[i]);
     *out = f->next;

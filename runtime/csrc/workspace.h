@@ -13,13 +13,13 @@ enum {
 typedef struct workspace {
     migi_pool *pool;
     const migi_kernels *k;
-    bool bf16;            /* activations may be rounded to bf16 */
-    bool integers;        /* activations of quantized weights become int8 */
-    uint16_t *rounded;    /* [rows, K padded], rounded_len elements */
-    int8_t *quantized;    /* [rows, K padded], quantized_len elements */
-    float *row_scales;    /* [MIGI_CHUNK] of the quantized rows */
+    bool bf16;         /* activations may be rounded to bf16 */
+    bool integers;     /* activations of quantized weights become int8 */
+    uint16_t *rounded; /* [rows, K padded], rounded_len elements */
+    int8_t *quantized; /* [rows, K padded], quantized_len elements */
+    float *row_scales; /* [MIGI_CHUNK] of the quantized rows */
     size_t rounded_len, quantized_len;
-    char *scratch;        /* scratch_bytes for each worker */
+    char *scratch; /* scratch_bytes for each worker */
     size_t scratch_bytes;
 } workspace;
 

@@ -39,11 +39,12 @@ class Checkpoint:
 
     tensors: exactly those that stored_tensors(config, quantization) lists, in its order, dtype and shape checked.
     raw: the JSON texts `config`, `preprocessor`, `generation` ("{}" where a folder has none); those of a .mig file
-    have `quantization` and `calibration` too.
+    have `quantization` and `calibration` too. `chat_template`, where it is another than Qwen2-VL's own.
     quantization: None where every weight is BF16 or F32.
     metadata: the other words of a .mig file's header; empty for a folder.
     unused: tensors that the files hold and the model does not want.
     where: the file or folder, for messages.
+    notes: what its user should know of how it was opened, one line each.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Checkpoint:
     unused: tuple[str, ...] = field(default=(), repr=False)
     files: tuple[TensorFile, ...] = field(default=(), repr=False)
     where: str = ""
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Lets go of the mapped files; tensors still held elsewhere stay valid."""

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from ..chat_template import folder_template
 from ..errors import ModelFileError, UnsupportedError
 from .checkpoint import FROM_BF16, Checkpoint, assemble
 from .config import parse_config
@@ -36,6 +37,7 @@ def open_folder(folder: Path, name: str) -> Checkpoint:
     if (folder / "generation_config.json").exists():
         raw["generation"] = _read_text(folder / "generation_config.json")
     raw["preprocessor"] = _read_preprocessor(folder)
+    raw |= folder_template(folder, _read_text, parse_json)
     tokenizer = _read_tokenizer(folder)
     files: list[TensorFile] = []
     try:

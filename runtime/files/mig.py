@@ -15,6 +15,7 @@
 | quantization   | "none", or the policy in JSON: quantization.py                       |
 | calibration    | sha256 of the calibration manifest, empty if nothing was calibrated  |
 | checksum       | "sha256:" + hex digest of the data section, everything behind the header |
+| chat_template  | its chat template; absent where that is Qwen2-VL's own               |
 
 Other keys are words about the model; `report`, JSON, is what the exporter measured (describe.py reads it).
 safetensors allows no hole between tensors, so where one ends off the boundary a U8 tensor `_pad.N` fills the gap.
@@ -40,7 +41,9 @@ FORMAT_VERSION = "1"
 _VERIFY_BYTES = 64 << 20  # up to here the checksum costs under 0.1 s and is always checked
 _PAD = "_pad."
 _TEXTS = ("config", "tokenizer", "preprocessor", "generation", "quantization", "calibration")
-_OWN = frozenset(("format", "format_version", "checksum", *_TEXTS))
+_TEMPLATE = "chat_template"
+_NEEDED = frozenset(("format", "format_version", "checksum", *_TEXTS))
+_OWN = _NEEDED | {_TEMPLATE}
 
 
 def write_mig(path: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Mapping[str, str] | None = None) -> None:
@@ -70,6 +73,7 @@ def _metadata(checkpoint: Checkpoint, extra: Mapping[str, str]) -> dict[str, str
     raw = {"quantization": "none", "calibration": "", **checkpoint.raw, "tokenizer": checkpoint.tokenizer_json}
     kept = {**checkpoint.metadata, **extra}
     own = {"format": "migician", "format_version": FORMAT_VERSION, **{key: raw[key] for key in _TEXTS}}
+    own |= {_TEMPLATE: raw[_TEMPLATE]} if _TEMPLATE in raw else {}
     return {**own, **{key: kept[key] for key in sorted(kept)}}
 
 
@@ -125,7 +129,7 @@ def read_mig(path: str | os.PathLike[str], *, verify: bool | None = None) -> Che
         if verify and checksum(file) != metadata["checksum"]:
             raise ModelFileError(f"{path}: the checksum does not match, the file is damaged; copy or export it again")
         found = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(_PAD)}
-        raw = {key: metadata[key] for key in _TEXTS if key != "tokenizer"}
+        raw = {key: metadata[key] for key in (*_TEXTS, _TEMPLATE) if key in metadata and key != "tokenizer"}
         rest = {key: value for key, value in metadata.items() if key not in _OWN}
         return assemble(path.stem, raw, metadata["tokenizer"], found, files=(file,), metadata=rest, where=path)
     except BaseException:
@@ -142,7 +146,7 @@ def _check_format(file: TensorFile) -> dict[str, str]:
         raise UnsupportedError(
             f"{path}: format version {shown(version)}, this release reads {FORMAT_VERSION}; upgrade or export it again"
         )
-    if missing := sorted(_OWN - metadata.keys()):
+    if missing := sorted(_NEEDED - metadata.keys()):
         raise ModelFileError(f"{path}: the header lacks {', '.join(missing)}; export it again")
     if not re.fullmatch("([0-9a-f]{64})?", metadata["calibration"]):
         raise ModelFileError(

@@ -19,6 +19,7 @@ enum { CONFIG = 17, ENTRY = 13, MOST = 120, END = 255, MOST_BYTES = 1 << 16 };
 
 static const int64_t hostile[6] = {-1, INT64_MAX, INT64_MIN, INT64_C(1) << 32, INT64_C(1) << 62, 65536};
 
+/* clang-format off */
 static const char *const tensor_names[] = {
     "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "visual.patch_embed.proj.weight", "visual.merger.ln_q.weight",
     "visual.merger.ln_q.bias", "visual.merger.mlp.0.weight", "visual.merger.mlp.0.bias", "visual.merger.mlp.2.weight",
@@ -30,6 +31,7 @@ static const char *const tensor_names[] = {
     "visual.blocks.%d.norm2.weight", "visual.blocks.%d.norm2.bias", "visual.blocks.%d.attn.qkv.weight",
     "visual.blocks.%d.attn.qkv.bias", "visual.blocks.%d.attn.proj.weight", "visual.blocks.%d.attn.proj.bias",
     "visual.blocks.%d.mlp.fc1.weight", "visual.blocks.%d.mlp.fc1.bias", "visual.blocks.%d.mlp.fc2.weight", "visual.blocks.%d.mlp.fc2.bias"};
+/* clang-format on */
 enum { NAMES = sizeof tensor_names / sizeof *tensor_names };
 static const char *const suffixes[] = {"", "_scale", "_group"};
 
@@ -62,7 +64,8 @@ static void read_tensors(weights *w, const uint8_t *list, size_t size)
         snprintf(w->names[at], sizeof w->names[at], "%.80s%s", name, suffixes[e[0] % 3]);
         w->data[at] = calloc(1, bytes ? bytes : 1);
         if (first < left) memcpy(w->data[at], data + first, bytes < left - first ? bytes : left - first);
-        w->list[at] = (migi_tensor){.name = w->names[at], .data = w->data[at], .bytes = (int64_t)bytes, .dtype = e[2], .rank = (int8_t)e[3]};
+        w->list[at] = (migi_tensor){
+            .name = w->names[at], .data = w->data[at], .bytes = (int64_t)bytes, .dtype = e[2], .rank = (int8_t)e[3]};
         for (int d = 0; d < 5; d++) w->list[at].shape[d] = read_size(e[4 + d]);
         w->count++;
     }
@@ -81,7 +84,8 @@ static void use(const migi_model *model, const migi_config *c, int flags)
     picture(rgb, unit, 2 * unit, 9); /* two cells */
     if (migi_pool_new(&pool, 1, flags & 2 ? "amx-emulated" : NULL, &err) != MIGI_OK) abort();
     migi_session_options o = {.context = 32, .fp32 = flags & 1};
-    if (migi_session_new(&s, model, pool, &o, &err) != MIGI_OK || migi_vision_encode(&v, s, rgb, unit, 2 * unit, &err) != MIGI_OK) goto done;
+    if (migi_session_new(&s, model, pool, &o, &err) != MIGI_OK || migi_vision_encode(&v, s, rgb, unit, 2 * unit, &err) != MIGI_OK)
+        goto done;
     tokens[count++] = 1 % c->vocab;
     for (int i = 0; i < 2 && c->image_token < c->vocab; i++) tokens[count++] = c->image_token;
     for (int i = 0; i < 6; i++) tokens[count++] = i % c->vocab == c->image_token ? 0 : i % c->vocab;
@@ -143,8 +147,7 @@ static void put(input *in, int name, int layer, int rows, int cols, int bits)
     float *w = malloc(n * sizeof *w);
     for (size_t i = 0; i < n; i++) w[i] = cols ? .11f * (float)((int)(i % (size_t)cols * 5 % 8) - 3) : 1.f;
     weights *to = calloc(1, sizeof *to);
-    if (cols && bits != 16)
-        add_quantized(to, "", w, rows, cols, bits, group_of(cols), w);
+    if (cols && bits != 16) add_quantized(to, "", w, rows, cols, bits, group_of(cols), w);
     else {
         add_stored(to, "", "", MIGI_BF16, (int64_t)n * 2, cols ? 2 : 1, (int64_t[]){rows, cols});
         for (size_t i = 0; i < n; i++) ((uint16_t *)to->data[0])[i] = migi_f32_to_bf16(w[i]);
@@ -160,13 +163,17 @@ static input *seed_model(int bits, int tied, int flags)
 {
     int merged = bits ? V_DIM : 4 * V_DIM;
     input *in = calloc(1, sizeof *in);
-    memcpy(in->bytes, (uint8_t[CONFIG]){1, HIDDEN / 4, MLP / 4, HEADS, KV_HEADS, SIZE / 2, VOCAB, (uint8_t)tied, 2, 1, 1, 1, V_DIM / 4, 1, V_MLP / 4, (uint8_t)(bits ? 1 : 2),
-                                        (uint8_t)flags}, CONFIG);
+    memcpy(in->bytes,
+           (uint8_t[CONFIG]){1, HIDDEN / 4, MLP / 4, HEADS, KV_HEADS, SIZE / 2, VOCAB, (uint8_t)tied, 2, 1, 1, 1, V_DIM / 4, 1, V_MLP / 4,
+                             (uint8_t)(bits ? 1 : 2), (uint8_t)flags},
+           CONFIG);
     in->list = CONFIG;
+    /* clang-format off */
     const int shapes[NAMES][2] = {{VOCAB, HIDDEN}, {VOCAB, HIDDEN}, {HIDDEN, 0}, {V_DIM, PATCH}, {V_DIM, 0}, {V_DIM, 0}, {merged, merged},
         {merged, 0}, {HIDDEN, merged}, {HIDDEN, 0}, {HIDDEN, 0}, {HIDDEN, 0}, {HEADS * SIZE, HIDDEN}, {HEADS * SIZE, 0}, {KV_HEADS * SIZE, HIDDEN},
         {KV_HEADS * SIZE, 0}, {KV_HEADS * SIZE, HIDDEN}, {KV_HEADS * SIZE, 0}, {HIDDEN, HEADS * SIZE}, {MLP, HIDDEN}, {MLP, HIDDEN}, {HIDDEN, MLP}, {V_DIM, 0}, {V_DIM, 0},
         {V_DIM, 0}, {V_DIM, 0}, {3 * V_DIM, V_DIM}, {3 * V_DIM, 0}, {V_DIM, V_DIM}, {V_DIM, 0}, {V_MLP, V_DIM}, {V_MLP, 0}, {V_DIM, V_MLP}, {V_DIM, 0}};
+    /* clang-format on */
     for (int i = 0; i < NAMES; i++)
         if (i != 1 || !tied) put(in, i, 0, shapes[i][0], shapes[i][1], i == 0 && bits < 8 ? 8 : bits ? bits : (int[]){4, 8, 16}[i % 3]);
     return in;
@@ -178,7 +185,10 @@ static void save(const char *folder, const char *name, const input *in, size_t k
     char path[512];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "wb");
-    if (!f) { perror(path); exit(1); }
+    if (!f) {
+        perror(path);
+        exit(1);
+    }
     fwrite(in->bytes, 1, in->list, f);
     fputc(END, f);
     fwrite(in->data, 1, keep < in->used ? keep : in->used, f);
@@ -187,16 +197,18 @@ static void save(const char *folder, const char *name, const input *in, size_t k
 
 static void save_seeds(const char *folder)
 {
-    static const struct { const char *name; int bits, tied, flags; } whole[] = {
-        {"int4", 4, 0, 0}, {"int8-tied", 8, 1, 2}, {"mixed-fp32", 0, 0, 1}, {"bf16", 16, 1, 2}};
+    static const struct {
+        const char *name;
+        int bits, tied, flags;
+    } whole[] = {{"int4", 4, 0, 0}, {"int8-tied", 8, 1, 2}, {"mixed-fp32", 0, 0, 1}, {"bf16", 16, 1, 2}};
     for (size_t i = 0; i < sizeof whole / sizeof *whole; i++) {
         input *in = seed_model(whole[i].bits, whole[i].tied, whole[i].flags);
         save(folder, whole[i].name, in, MOST_BYTES);
         free(in);
     }
     /* entry, byte of it, value: name, layer, dtype, rank, sizes, offset, length. Such an entry is refused by itself */
-    static const int faults[][3] = {{0, 0, 200}, {3, 2, 9}, {6, 3, 250}, {6, 3, 7}, {9, 4, 251}, {12, 5, 252}, {15, 5, 254}, {18, 11, 1}, {21, 12, 255},
-                                    {24, 1, 7}, {30, 6, 250}, {36, 4, 0}, {41, 5, 251}};
+    static const int faults[][3] = {{0, 0, 200}, {3, 2, 9},     {6, 3, 250}, {6, 3, 7},    {9, 4, 251}, {12, 5, 252}, {15, 5, 254},
+                                    {18, 11, 1}, {21, 12, 255}, {24, 1, 7},  {30, 6, 250}, {36, 4, 0},  {41, 5, 251}};
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
         char name[32];
         input *in = seed_model(4, 0, 0);
@@ -243,7 +255,8 @@ static int seeds_open(void)
         joined[in->list - CONFIG] = END;
         memcpy(joined + in->list - CONFIG + 1, in->data, in->used);
         read_tensors(w, joined, in->list - CONFIG + 1 + in->used);
-        if (migi_model_new(&model, &c, w->list, (size_t)w->count, &err) != MIGI_OK) refused++, printf("seed of %d bits: %s\n", bits, err.message);
+        if (migi_model_new(&model, &c, w->list, (size_t)w->count, &err) != MIGI_OK)
+            refused++, printf("seed of %d bits: %s\n", bits, err.message);
         migi_model_free(model);
         free_weights(w);
         free(joined);

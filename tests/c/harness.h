@@ -14,15 +14,15 @@
 
 static int passed, failed, skipped;
 
-#define CHECK(condition, ...)                                       \
-    do {                                                            \
-        if (condition) passed++;                                    \
-        else {                                                      \
-            failed++;                                               \
+#define CHECK(condition, ...)                                          \
+    do {                                                               \
+        if (condition) passed++;                                       \
+        else {                                                         \
+            failed++;                                                  \
             printf("FAIL %s:%d %s: ", __FILE__, __LINE__, #condition); \
-            printf(__VA_ARGS__);                                    \
-            printf("\n");                                           \
-        }                                                           \
+            printf(__VA_ARGS__);                                       \
+            printf("\n");                                              \
+        }                                                              \
     } while (0)
 #define REPORT() return printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped), failed != 0
 

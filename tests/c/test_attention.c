@@ -10,9 +10,11 @@ static uint16_t half_keys[MOST_KEYS * KV_WIDTH], half_values[MOST_KEYS * KV_WIDT
 
 static attention call_of(float *out, int queries, int all, bool causal, bool half)
 {
+    /* clang-format off */
     return (attention){.q = q, .ldq = WIDTH, .k = half ? (void *)half_keys : keys, .v = half ? (void *)half_values : values,
                        .half = half, .ldkv = KV_WIDTH, .kv_head = SIZE, .out = out, .ldo = WIDTH, .queries = queries,
                        .keys = all, .heads = HEADS, .kv_heads = KV_HEADS, .size = SIZE, .causal = causal};
+    /* clang-format on */
 }
 
 static void run(const char *isa, int threads, bool bf16, const attention *a)
@@ -76,7 +78,8 @@ static void one_shape(const char *isa, bool bf16, int queries, int all, bool cau
         int few = queries / 2 + 1, first = queries - few;
         other.queries = few, other.q = q + first * WIDTH;
         run(isa, 1, bf16, &other);
-        CHECK(!memcmp(out + first * WIDTH, again, (size_t)few * WIDTH * sizeof *out), "%s, %d queries, %d keys: a query depends on those before it", isa, queries, all);
+        CHECK(!memcmp(out + first * WIDTH, again, (size_t)few * WIDTH * sizeof *out),
+              "%s, %d queries, %d keys: a query depends on those before it", isa, queries, all);
     }
     free(out), free(again);
 }

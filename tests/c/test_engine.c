@@ -24,7 +24,8 @@ static void errors(const migi_model *model, const weights *w)
     CHECK(migi_session_sync(r.session, &bad, 1, NULL, 0, &r.err) == MIGI_E_ARGUMENT, "token outside the vocabulary");
     CHECK(migi_session_sync(r.session, many, 30, NULL, 0, &r.err) == MIGI_E_CONTEXT_FULL, "context");
     CHECK(migi_session_sync(r.session, &picture_token, 1, NULL, 0, &r.err) == MIGI_E_ARGUMENT, "no picture for a place");
-    CHECK(migi_session_sync(r.session, prompt, PROMPT, (const migi_vision *const *)r.pictures, 1, &r.err) == MIGI_E_ARGUMENT, "one picture of two");
+    CHECK(migi_session_sync(r.session, prompt, PROMPT, (const migi_vision *const *)r.pictures, 1, &r.err) == MIGI_E_ARGUMENT,
+          "one picture of two");
     CHECK(migi_session_logits(r.session) == NULL, "logits without a prompt");
     migi_vision *v;
     CHECK(migi_vision_encode(&v, r.session, rgb, 27, 28, &r.err) == MIGI_E_ARGUMENT && !v, "odd size");
@@ -33,7 +34,9 @@ static void errors(const migi_model *model, const weights *w)
     migi_error err;
     migi_config c = config;
     c.hidden = 40;
-    CHECK(migi_model_new(&broken, &c, w->list, (size_t)w->count, &err) == MIGI_E_MODEL && !broken && strstr(err.message, "model.embed_tokens.weight"), "%s", err.message);
+    CHECK(migi_model_new(&broken, &c, w->list, (size_t)w->count, &err) == MIGI_E_MODEL && !broken &&
+              strstr(err.message, "model.embed_tokens.weight"),
+          "%s", err.message);
     CHECK(migi_model_new(&broken, &config, w->list, 10, &err) == MIGI_E_MODEL && strstr(err.message, "missing"), "%s", err.message);
     c = config, c.mrope_section[0] = 1;
     CHECK(migi_model_new(&broken, &c, w->list, (size_t)w->count, &err) == MIGI_E_MODEL, "mrope_section");
@@ -57,7 +60,8 @@ enum { VOCAB = 61, LONG = 600 };
 
 static void start(rig *r)
 {
-    CHECK(migi_session_sync(r->session, prompt, PROMPT, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+    CHECK(migi_session_sync(r->session, prompt, PROMPT, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s",
+          r->err.message);
 }
 
 /* What sync refuses leaves the timeline, its logits and what follows as they were. */
@@ -81,14 +85,15 @@ static void refused(const migi_model *model)
         broken[PROMPT] = 20;
         if (i == 0) given = 1;
         if (i == 1) given = 3;
-        if (i == 2) pictures = other_way; /* of other sizes than the places */
-        if (i == 3) broken[5] = 20; /* a picture with a hole */
+        if (i == 2) pictures = other_way;              /* of other sizes than the places */
+        if (i == 3) broken[5] = 20;                    /* a picture with a hole */
         if (i == 4) broken[PROMPT] = PICTURE, count++; /* a place too many */
-        if (i == 5) count = 12; /* cut off within a picture */
+        if (i == 5) count = 12;                        /* cut off within a picture */
         if (i == 6) broken[1] = VOCAB;
         if (i == 7) count = 80, status = MIGI_E_CONTEXT_FULL;
         CHECK(migi_session_sync(r.session, i == 7 ? many : broken, count, pictures, given, &r.err) == status, "case %d is not refused", i);
-        CHECK(migi_session_length(r.session) == PROMPT && migi_session_logits(r.session) && !memcmp(before, migi_session_logits(r.session), sizeof before),
+        CHECK(migi_session_length(r.session) == PROMPT && migi_session_logits(r.session) &&
+                  !memcmp(before, migi_session_logits(r.session), sizeof before),
               "case %d costs the timeline", i);
         start(&r);
         CHECK(migi_session_kept(r.session) == PROMPT, "case %d: %d kept", i, migi_session_kept(r.session));
@@ -143,16 +148,19 @@ static void drafts(rig *r, float penalty, int count, int wrong, const char *what
     for (int at = 0; at + count <= STEPS; at += kept) {
         for (int i = 0; i < count; i++) draft[i] = want[at + i];
         if (wrong && wrong < count) draft[wrong] = (draft[wrong] + 1) % PICTURE;
-        CHECK(migi_session_verify(r->session, draft, count, penalty, &kept, choices, logprobs, &r->err) == MIGI_OK, "%s: %s", what, r->err.message);
+        CHECK(migi_session_verify(r->session, draft, count, penalty, &kept, choices, logprobs, &r->err) == MIGI_OK, "%s: %s", what,
+              r->err.message);
         int expected = wrong && wrong < count ? wrong : count;
         for (int i = 0; i < kept; i++) {
             if (choices[i] == PICTURE) expected = expected < i + 1 ? expected : i + 1, choices[i] = 11; /* `one` puts 11 there */
             CHECK(choices[i] == want[at + i + 1] && memcmp(&logprobs[i], &lwant[at + i + 1], sizeof(float)) == 0,
-                  "%s: draft of %d: token %d is %d (%g), expected %d (%g)", what, count, at + i + 1, choices[i], (double)logprobs[i], want[at + i + 1], (double)lwant[at + i + 1]);
+                  "%s: draft of %d: token %d is %d (%g), expected %d (%g)", what, count, at + i + 1, choices[i], (double)logprobs[i],
+                  want[at + i + 1], (double)lwant[at + i + 1]);
         }
         CHECK(kept == expected, "%s: draft of %d, wrong at %d: %d kept", what, count, wrong, kept);
         CHECK(migi_session_length(r->session) == PROMPT + at + kept, "%s: length", what);
-        CHECK(memcmp(migi_session_logits(r->session), logits[at + kept], sizeof logits[0]) == 0, "%s: draft of %d: the logits after token %d differ from one by one", what, count, at + kept);
+        CHECK(memcmp(migi_session_logits(r->session), logits[at + kept], sizeof logits[0]) == 0,
+              "%s: draft of %d: the logits after token %d differ from one by one", what, count, at + kept);
         if (kept < 1) break;
     }
 }
@@ -164,27 +172,36 @@ static void prefixes(const migi_model *model, rig *r, const char *isa, int fp32)
     float cold[VOCAB];
     rig other;
     for (int i = 0; i < LONG; i++) tokens[i] = i < PROMPT ? prompt[i] : 8 + (i * 7 + i / 9) % 50;
-    CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+    CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s",
+          r->err.message);
     memcpy(cold, migi_session_logits(r->session), sizeof cold);
     const int kept[] = {2, 9, 80, 255, 595};
     for (size_t i = 0; i < sizeof kept / sizeof *kept; i++) {
         int32_t before = tokens[kept[i]];
         tokens[kept[i]] = 60;
-        CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+        CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s",
+              r->err.message);
         tokens[kept[i]] = before;
-        CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
-        CHECK(migi_session_kept(r->session) <= kept[i] && migi_session_kept(r->session) >= kept[i] - MIGI_VERIFY_ROWS, "%s: %d kept of %d", isa, migi_session_kept(r->session), kept[i]);
-        CHECK(memcmp(cold, migi_session_logits(r->session), sizeof cold) == 0, "%s, fp32 %d: a prefix of %d changes the logits", isa, fp32, kept[i]);
+        CHECK(migi_session_sync(r->session, tokens, LONG, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s",
+              r->err.message);
+        CHECK(migi_session_kept(r->session) <= kept[i] && migi_session_kept(r->session) >= kept[i] - MIGI_VERIFY_ROWS, "%s: %d kept of %d",
+              isa, migi_session_kept(r->session), kept[i]);
+        CHECK(memcmp(cold, migi_session_logits(r->session), sizeof cold) == 0, "%s, fp32 %d: a prefix of %d changes the logits", isa, fp32,
+              kept[i]);
     }
     open_rig(&other, model, isa, 1, 200, fp32, NULL);
-    CHECK(migi_session_sync(other.session, tokens, 190, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_OK, "%s", other.err.message);
-    CHECK(migi_session_sync(other.session, tokens, LONG, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_E_CONTEXT_FULL, "does not fit");
+    CHECK(migi_session_sync(other.session, tokens, 190, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_OK, "%s",
+          other.err.message);
+    CHECK(migi_session_sync(other.session, tokens, LONG, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_E_CONTEXT_FULL,
+          "does not fit");
     CHECK(migi_session_grow(other.session, LONG + 3, &other.err) == MIGI_OK, "%s", other.err.message);
     CHECK(migi_session_grow(other.session, 10, &other.err) == MIGI_OK && migi_session_length(other.session) == 190, "growing to less");
-    CHECK(migi_session_sync(other.session, tokens, LONG, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_OK, "%s", other.err.message);
+    CHECK(migi_session_sync(other.session, tokens, LONG, (const migi_vision *const *)other.pictures, 2, &other.err) == MIGI_OK, "%s",
+          other.err.message);
     CHECK(migi_session_kept(other.session) == 190, "%d kept of 190 when the session grew", migi_session_kept(other.session));
     CHECK(memcmp(cold, migi_session_logits(other.session), sizeof cold) == 0, "%s: growing changes the logits", isa);
-    CHECK(migi_session_grow(other.session, 1 << 30, &other.err) == MIGI_E_ARGUMENT && migi_session_length(other.session) == LONG, "growing beyond reason");
+    CHECK(migi_session_grow(other.session, 1 << 30, &other.err) == MIGI_E_ARGUMENT && migi_session_length(other.session) == LONG,
+          "growing beyond reason");
     close_rig(&other);
 }
 
@@ -219,7 +236,8 @@ static void draft_errors(const migi_model *model)
     CHECK(migi_session_verify(r.session, tokens, 1, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT && kept == 0, "before sync");
     start(&r);
     CHECK(migi_session_verify(r.session, tokens, 0, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "no token");
-    CHECK(migi_session_verify(r.session, tokens, MIGI_VERIFY_ROWS + 1, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "too many");
+    CHECK(migi_session_verify(r.session, tokens, MIGI_VERIFY_ROWS + 1, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT,
+          "too many");
     CHECK(migi_session_verify(r.session, tokens, 3, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_CONTEXT_FULL, "no room");
     CHECK(migi_session_verify(r.session, tokens, 1, 0.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "penalty");
     CHECK(migi_session_verify(r.session, place, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_ARGUMENT, "a picture's place");
@@ -229,7 +247,8 @@ static void draft_errors(const migi_model *model)
     CHECK(migi_session_verify(r.session, tokens, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_E_CANCELLED && kept == 0, "cancelled");
     CHECK(migi_session_length(r.session) == PROMPT, "a cancelled draft leaves nothing");
     start(&r);
-    CHECK(migi_session_verify(r.session, tokens, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_OK, "usable after cancelling: %s", r.err.message);
+    CHECK(migi_session_verify(r.session, tokens, 2, 1.f, &kept, choices, logprobs, &r.err) == MIGI_OK, "usable after cancelling: %s",
+          r.err.message);
     close_rig(&r);
 }
 

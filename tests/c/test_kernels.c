@@ -78,11 +78,13 @@ static void product(const migi_kernels *t, int m, int n, int k, int bf16_weights
         for (int j = 0; j < n; j++) {
             double sum = 0;
             for (int l = 0; l < k; l++)
-                sum += (double)a[(size_t)i * lda + (size_t)l] *
-                       (double)(bf16_weights ? migi_bf16_to_f32(h[(size_t)j * (size_t)k + (size_t)l]) : w[(size_t)j * (size_t)k + (size_t)l]);
+                sum += (double)a[(size_t)i * lda + (size_t)l] * (double)(bf16_weights
+                                                                             ? migi_bf16_to_f32(h[(size_t)j * (size_t)k + (size_t)l])
+                                                                             : w[(size_t)j * (size_t)k + (size_t)l]);
             want[(size_t)i * ldc + (size_t)j] += (float)sum;
         }
-    CHECK(worst(c, want, (size_t)m * ldc) < 2e-5f, "%s gemm_f32 %dx%dx%d off by %g", t->isa, m, n, k, (double)worst(c, want, (size_t)m * ldc));
+    CHECK(worst(c, want, (size_t)m * ldc) < 2e-5f, "%s gemm_f32 %dx%dx%d off by %g", t->isa, m, n, k,
+          (double)worst(c, want, (size_t)m * ldc));
     fill(c, ldc, m, n, 0.f), fill(same, ldc, m, n, NAN);
     multiply(t, c, ldc, a, lda, weights, bf16_weights, m, n, k, 1), multiply(t, same, ldc, a, lda, weights, bf16_weights, m, n, k, 0);
     CHECK(!different(c, same, (size_t)m * ldc), "%s gemm_f32 %dx%dx%d: overwriting differs from adding to zeros", t->isa, m, n, k);
@@ -101,7 +103,8 @@ static void bf16_product(const migi_kernels *t, int m, int n, int k)
     for (int i = 0; i < m; i++) {
         t->round_bf16(a + (size_t)i * (size_t)padded, x + (size_t)i * (size_t)k, (size_t)k);
         for (int l = 0; l < k; l++)
-            CHECK(a[(size_t)i * (size_t)padded + (size_t)l] == migi_f32_to_bf16(x[(size_t)i * (size_t)k + (size_t)l]), "%s rounds differently", t->isa);
+            CHECK(a[(size_t)i * (size_t)padded + (size_t)l] == migi_f32_to_bf16(x[(size_t)i * (size_t)k + (size_t)l]),
+                  "%s rounds differently", t->isa);
     }
     for (int j = 0; j < n; j += t->nr_bf16) {
         int cols = n - j < t->nr_bf16 ? n - j : t->nr_bf16;
@@ -112,13 +115,16 @@ static void bf16_product(const migi_kernels *t, int m, int n, int k)
         for (int j = 0; j < n; j++) {
             double sum = 0;
             for (int l = 0; l < k; l++)
-                sum += (double)migi_bf16_to_f32(a[(size_t)i * (size_t)padded + (size_t)l]) * (double)migi_bf16_to_f32(h[(size_t)j * (size_t)k + (size_t)l]);
+                sum += (double)migi_bf16_to_f32(a[(size_t)i * (size_t)padded + (size_t)l]) *
+                       (double)migi_bf16_to_f32(h[(size_t)j * (size_t)k + (size_t)l]);
             want[(size_t)i * ldc + (size_t)j] += (float)sum;
         }
-    CHECK(worst(c, want, (size_t)m * ldc) < 2e-5f, "%s gemm_bf16 %dx%dx%d off by %g", t->isa, m, n, k, (double)worst(c, want, (size_t)m * ldc));
+    CHECK(worst(c, want, (size_t)m * ldc) < 2e-5f, "%s gemm_bf16 %dx%dx%d off by %g", t->isa, m, n, k,
+          (double)worst(c, want, (size_t)m * ldc));
     memcpy(want, c, (size_t)m * ldc * 4);
     fill(c, ldc, m, n, 0.f), fill(want, ldc, m, n, NAN);
-    t->gemm_bf16(c, ldc, a, (size_t)padded, panels, ldp, m, n, padded, 1), t->gemm_bf16(want, ldc, a, (size_t)padded, panels, ldp, m, n, padded, 0);
+    t->gemm_bf16(c, ldc, a, (size_t)padded, panels, ldp, m, n, padded, 1),
+        t->gemm_bf16(want, ldc, a, (size_t)padded, panels, ldp, m, n, padded, 0);
     CHECK(!different(c, want, (size_t)m * ldc), "%s gemm_bf16 %dx%dx%d: overwriting differs from adding to zeros", t->isa, m, n, k);
     free(c), free(want), free(x), free(a), free(h), free(panels);
 }
@@ -147,15 +153,15 @@ static void rows(const migi_kernels *t, int n)
     CHECK(!different(y, z, size), "%s rms_norm %d", t->isa, n);
     t->layer_norm(y, x, w, b, n, 1e-6f), truth->layer_norm(z, x, w, b, n, 1e-6f);
     CHECK(!different(y, z, size), "%s layer_norm %d", t->isa, n);
-#define SAME(call)                                                          \
-    do {                                                                           \
-        const migi_kernels *k = t;                                                 \
-        float *d = y;                                                              \
-        for (int i = 0; i < n; i++) y[i] = z[i] = 12.f * x[i];                      \
-        call;                                                                      \
-        k = truth, d = z;                                                          \
-        call;                                                                      \
-        CHECK(!different(y, z, size), "%s %s %d", t->isa, #call, n);                \
+#define SAME(call)                                                   \
+    do {                                                             \
+        const migi_kernels *k = t;                                   \
+        float *d = y;                                                \
+        for (int i = 0; i < n; i++) y[i] = z[i] = 12.f * x[i];       \
+        call;                                                        \
+        k = truth, d = z;                                            \
+        call;                                                        \
+        CHECK(!different(y, z, size), "%s %s %d", t->isa, #call, n); \
     } while (0)
     SAME(k->silu_mul(d, w, n));
     SAME(k->quick_gelu(d, n));
@@ -188,7 +194,10 @@ static uint32_t bits(void)
 
 static int8_t activation(int fill)
 {
-    return (int8_t)(fill == ALL_LOW ? -127 : fill == ALL_HIGH ? 127 : fill == MIXED ? (bits() & 1 ? 127 : -127) : (int)(bits() % 255) - 127);
+    return (int8_t)(fill == ALL_LOW    ? -127
+                    : fill == ALL_HIGH ? 127
+                    : fill == MIXED    ? (bits() & 1 ? 127 : -127)
+                                       : (int)(bits() % 255) - 127);
 }
 
 static int32_t *counts(size_t n)
@@ -244,10 +253,12 @@ static void int4_product(const migi_kernels *t, int m, int n, int k, int group, 
 {
     size_t ldw = (size_t)k * MIGI_BLOCK / 2 + 64, ldf = (size_t)(k / group) * MIGI_BLOCK + 16, blocks = (size_t)n / MIGI_BLOCK;
     size_t lda = (size_t)k + 5, ldc = (size_t)n + 3, cs = (size_t)(m - 1) * ldc + (size_t)n, as = (size_t)(m - 1) * lda + (size_t)k;
-    uint8_t *w = calloc((blocks - 1) * ldw + (size_t)k * MIGI_BLOCK / 2, 1), *factors = malloc((blocks - 1) * ldf + (size_t)(k / group) * MIGI_BLOCK);
+    uint8_t *w = calloc((blocks - 1) * ldw + (size_t)k * MIGI_BLOCK / 2, 1),
+            *factors = malloc((blocks - 1) * ldf + (size_t)(k / group) * MIGI_BLOCK);
     int8_t *plain = malloc((size_t)n * (size_t)k), *a = at_the_edge(as), *wide = malloc((size_t)k * MIGI_BLOCK);
     int32_t *c = counts(cs), *want = copy_of(c, cs * 4);
-    for (size_t i = 0; i < (blocks - 1) * ldf + (size_t)(k / group) * MIGI_BLOCK; i++) factors[i] = (uint8_t)(fill == RANDOM ? 1 + bits() % 16 : 16);
+    for (size_t i = 0; i < (blocks - 1) * ldf + (size_t)(k / group) * MIGI_BLOCK; i++)
+        factors[i] = (uint8_t)(fill == RANDOM ? 1 + bits() % 16 : 16);
     for (size_t i = 0; i < as; i++) a[i] = activation(fill);
     for (int j = 0; j < n; j++)
         for (int l = 0; l < k; l++) {
@@ -274,8 +285,8 @@ static void quantized(const migi_kernels *t, const float *x, int k, int padded)
     int8_t *q = malloc((size_t)padded), *want = malloc((size_t)padded);
     memset(q, 99, (size_t)padded);
     float a = t->quantize_i8(q, x, k, padded), b = truth->quantize_i8(want, x, k, padded);
-    CHECK(!memcmp(q, want, (size_t)padded) && (isnan(a) ? isnan(b) : !memcmp(&a, &b, 4)), "%s quantize_i8 of %d: scale %g, not %g",
-          t->isa, k, (double)a, (double)b);
+    CHECK(!memcmp(q, want, (size_t)padded) && (isnan(a) ? isnan(b) : !memcmp(&a, &b, 4)), "%s quantize_i8 of %d: scale %g, not %g", t->isa,
+          k, (double)a, (double)b);
     free(q), free(want);
 }
 
@@ -372,7 +383,8 @@ static void half_products(const migi_kernels *t, int m, int n, int k)
     for (int i = 0; i < m; i++) t->dots_f16(lone + (size_t)i * ldy, ldy, x + i * k, w, ldw, 1, n, k);
     CHECK(!different(y, want, size), "%s dots_f16 %dx%dx%d", t->isa, m, n, k);
     CHECK(!memcmp(y, lone, size * 4), "%s dots_f16 %dx%dx%d: rows depend on each other", t->isa, m, n, k);
-    float *sum = floats((size_t)m * (size_t)k), *wanted = copy_of(sum, (size_t)m * (size_t)k * 4), *single = copy_of(sum, (size_t)m * (size_t)k * 4);
+    float *sum = floats((size_t)m * (size_t)k), *wanted = copy_of(sum, (size_t)m * (size_t)k * 4),
+          *single = copy_of(sum, (size_t)m * (size_t)k * 4);
     t->weighted_f16(sum, y, ldy, w, ldw, m, n, k), truth->weighted_f16(wanted, y, ldy, w, ldw, m, n, k);
     for (int i = 0; i < m; i++) t->weighted_f16(single + i * k, y + (size_t)i * ldy, ldy, w, ldw, 1, n, k);
     CHECK(!different(sum, wanted, (size_t)m * (size_t)k), "%s weighted_f16 %dx%dx%d", t->isa, m, n, k);
@@ -397,7 +409,8 @@ static void integers(const migi_kernels *t)
             for (int group = 24; group <= 128; group += 16) int4_product(t, n / 4, n, 64 * group, group, fill); /* no powers of two */
             int4_product(t, 13, n, 64, 64, fill);
             int4_product(t, 8, n, 192, 32, fill);
-            if (n < 48) int4_product(t, 3, n, 8960, n * 4, fill), int4_product(t, 1, n, 4160, 8, fill), int4_product(t, 14, n, 8256, 24, fill);
+            if (n < 48)
+                int4_product(t, 3, n, 8960, n * 4, fill), int4_product(t, 1, n, 4160, 8, fill), int4_product(t, 14, n, 8256, 24, fill);
         }
     quantizer(t);
     for (int n = 1; n < 70; n++) scaled_sums(t, n);
@@ -417,7 +430,8 @@ static void slots(void)
 #define FILLED(kind, slot) CHECK(k.slot != NULL, "%s has no %s", k.isa, #slot);
         MIGI_KERNEL_SLOTS(FILLED)
 #undef FILLED
-        CHECK(k.nr > 0 && k.nr <= MIGI_MAX_NR && k.nr_bf16 > 0 && k.nr_bf16 <= MIGI_MAX_NR && k.k_bf16 > 0 && k.k_bf16 <= 32 && k.i4_rows > 0,
+        CHECK(k.nr > 0 && k.nr <= MIGI_MAX_NR && k.nr_bf16 > 0 && k.nr_bf16 <= MIGI_MAX_NR && k.k_bf16 > 0 && k.k_bf16 <= 32 &&
+                  k.i4_rows > 0,
               "%s: nr %d, nr_bf16 %d, k_bf16 %d, i4_rows %d", k.isa, k.nr, k.nr_bf16, k.k_bf16, k.i4_rows);
         CHECK(migi_kernels_named(k.isa) == which, "%s is not found by its name, or twice in the list", k.isa);
         const migi_kernels *lowest = &k;
@@ -438,15 +452,18 @@ static void report(void)
         migi_kernels_fill(&k, which);
         CHECK(strstr(text, k.isa) != NULL, "%s is not in the report", k.isa);
     }
-    const char *scalar = strstr(text, "float: scalar; bf16: scalar; int8: scalar; int4: scalar; half: scalar; rows: scalar; bf16 products as float\n");
+    const char *scalar = strstr(
+        text, "float: scalar; bf16: scalar; int8: scalar; int4: scalar; half: scalar; rows: scalar; bf16 products as float\n");
     CHECK(scalar && scalar < strchr(text, '\n'), "the first line is not scalar's: %s", text);
     const char *vnni = strstr(text, "\navx512vnni ");
-    if (vnni) CHECK(strstr(vnni, "float: avx512; bf16: avx512; int8: avx512, avx512vnni; int4: avx512, avx512vnni; half: avx512; rows: avx512; "),
-                    "what serves avx512vnni: %s", vnni);
+    if (vnni)
+        CHECK(strstr(vnni, "float: avx512; bf16: avx512; int8: avx512, avx512vnni; int4: avx512, avx512vnni; half: avx512; rows: avx512; "),
+              "what serves avx512vnni: %s", vnni);
     const char *dots = strstr(text, "\nneon-dotprod ");
     if (dots) CHECK(strstr(dots, "float: neon; bf16: neon; int8: neon, neon-dotprod; "), "what serves neon-dotprod: %s", dots);
     memset(small, 'x', sizeof small);
-    CHECK(migi_kernel_report(small, 10) == size && !strncmp(small, text, 9) && !small[9] && small[10] == 'x', "cut to ten bytes: %.20s", small);
+    CHECK(migi_kernel_report(small, 10) == size && !strncmp(small, text, 9) && !small[9] && small[10] == 'x', "cut to ten bytes: %.20s",
+          small);
     free(text);
 }
 
@@ -457,15 +474,19 @@ static void multiply_adds(void)
 {
     int wrong = 0;
     for (int i = 0; i < (QUICK ? 100000 : 2000000); i++) {
-        float a = ldexpf(noise(), (int)(bits() % 60) - 30), b = ldexpf(noise(), (int)(bits() % 60) - 30), c = ldexpf(noise(), (int)(bits() % 120) - 60);
+        float a = ldexpf(noise(), (int)(bits() % 60) - 30), b = ldexpf(noise(), (int)(bits() % 60) - 30),
+              c = ldexpf(noise(), (int)(bits() % 120) - 60);
         if (i % 4 == 0) c = ldexpf(a * b, (int)(bits() % 50) - 25); /* sums that nearly cancel, or end beside a tie */
-        if (i % 4 == 1) a = 1.f + ldexpf((float)(bits() % 8), -23), b = 1.f + ldexpf((float)(bits() % 8), -23), c = ldexpf(bits() & 1 ? 1.f : -1.f, -(int)(bits() % 80));
+        if (i % 4 == 1)
+            a = 1.f + ldexpf((float)(bits() % 8), -23), b = 1.f + ldexpf((float)(bits() % 8), -23),
+            c = ldexpf(bits() & 1 ? 1.f : -1.f, -(int)(bits() % 80));
         float got = migi_fma(a, b, c), want = fmaf(a, b, c);
         wrong += got != want;
     }
     CHECK(!wrong, "migi_fma: %d values differ from fmaf", wrong);
     CHECK(isnan(migi_fma(NAN, 1.f, 1.f)) && migi_fma(INFINITY, 1.f, 1.f) == INFINITY && isnan(migi_fma(INFINITY, 0.f, 1.f)) &&
-          migi_fma(3e38f, 10.f, 0.f) == INFINITY && migi_fma(-3e38f, 10.f, 1.f) == -INFINITY, "migi_fma of what is not finite");
+              migi_fma(3e38f, 10.f, 0.f) == INFINITY && migi_fma(-3e38f, 10.f, 1.f) == -INFINITY,
+          "migi_fma of what is not finite");
 }
 
 static void formulas(void)
@@ -494,7 +515,8 @@ static void formulas(void)
     CHECK(edge[0] == 1.f && edge[1] == 0.f && edge[2] == 0.f && isnan(edge[3]) && edge[4] == 0.f, "exp2 at its edges");
     CHECK(off < 2e-6f && gates < 2e-6f, "gelu is off by %g, silu and quick_gelu by %g", (double)off, (double)gates);
     for (int n = 1; n < 200; n += 7) {
-        float *x = floats((size_t)n), *w = floats((size_t)n), *b = floats((size_t)n), *y = malloc((size_t)n * 4), *z = malloc((size_t)n * 4);
+        float *x = floats((size_t)n), *w = floats((size_t)n), *b = floats((size_t)n), *y = malloc((size_t)n * 4),
+              *z = malloc((size_t)n * 4);
         double square = 0, sum = 0, spread = 0;
         for (int i = 0; i < n; i++) square += (double)x[i] * (double)x[i], sum += (double)x[i];
         for (int i = 0; i < n; i++) spread += ((double)x[i] - sum / n) * ((double)x[i] - sum / n);
@@ -515,7 +537,8 @@ static void formulas(void)
 
 int main(void)
 {
-    static const int shapes[][3] = {{1, 1, 1}, {2, 7, 9}, {5, 16, 33}, {6, 17, 64}, {13, 31, 100}, {33, 64, 96}, {70, 45, 257}, {12, 32, 1176}, {48, 80, 96}};
+    static const int shapes[][3] = {{1, 1, 1},    {2, 7, 9},     {5, 16, 33},    {6, 17, 64}, {13, 31, 100},
+                                    {33, 64, 96}, {70, 45, 257}, {12, 32, 1176}, {48, 80, 96}};
     migi_kernels k;
     const migi_kernels *t = &k;
     truth = &migi_own_scalar;

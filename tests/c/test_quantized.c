@@ -22,7 +22,8 @@ static void check_sums(migi_pool *pool, const weights *w, const float *exact, co
     int32_t *sums = malloc((size_t)rows * (size_t)np * sizeof *sums);
     float *scales = malloc((size_t)rows * sizeof *scales), *stored = w->data[1];
     migi_error err = {0};
-    CHECK(migi_integer_sums(pool, &w->list[0], bits == 4 ? &w->list[2] : NULL, x, rows, k, sums, scales, &err) == MIGI_OK, "%s", err.message);
+    CHECK(migi_integer_sums(pool, &w->list[0], bits == 4 ? &w->list[2] : NULL, x, rows, k, sums, scales, &err) == MIGI_OK, "%s",
+          err.message);
     for (int r = 0; r < rows; r++) {
         int8_t q[MAX_COLUMNS];
         float scale = naive_row(x + (size_t)r * (size_t)k, k, q);
@@ -33,7 +34,8 @@ static void check_sums(migi_pool *pool, const weights *w, const float *exact, co
             wrong += want != sums[(size_t)r * (size_t)np + (size_t)j];
         }
     }
-    CHECK(!wrong, "%s, %d threads, int%d, %d x %d x %d: %d of %d sums are wrong", isa, migi_pool_threads(pool), bits, rows, n, k, wrong, rows * np);
+    CHECK(!wrong, "%s, %d threads, int%d, %d x %d x %d: %d of %d sums are wrong", isa, migi_pool_threads(pool), bits, rows, n, k, wrong,
+          rows * np);
     free(sums);
     free(scales);
 }
@@ -41,14 +43,15 @@ static void check_sums(migi_pool *pool, const weights *w, const float *exact, co
 static void integer_sums(const char *isa)
 {
     /* rows, outputs, columns, group: few rows and many, more than one block of columns, groups that no power of two divides */
-    static const int shapes[][4] = {{1, 70, 48, 16}, {3, 16, 64, 64}, {4, 33, 4704, 32}, {5, 70, 4704, 32}, {7, 65, 80, 16}, {70, 48, 200, 8},
-                                    {9, 17, 2112, 24}, {2, 17, 2112, 24}, {6, 20, 2400, 120}, {130, 130, 136, 8}, {8, 1, 1176, 8}};
+    static const int shapes[][4] = {{1, 70, 48, 16},    {3, 16, 64, 64},    {4, 33, 4704, 32}, {5, 70, 4704, 32},
+                                    {7, 65, 80, 16},    {70, 48, 200, 8},   {9, 17, 2112, 24}, {2, 17, 2112, 24},
+                                    {6, 20, 2400, 120}, {130, 130, 136, 8}, {8, 1, 1176, 8}};
     seed = 77;
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int rows = shapes[s][0], n = shapes[s][1], k = shapes[s][2], group = shapes[s][3];
         float *x = floats((size_t)rows * (size_t)k), *w = floats((size_t)n * (size_t)k), *exact = floats((size_t)n * (size_t)k);
         for (int i = 0; i < k; i++) x[i] *= 1e-3f * (float)(i % 7); /* rows of different sizes */
-        w[0] = -1.2f; /* int4 code 0 */
+        w[0] = -1.2f;                                               /* int4 code 0 */
         for (int bits = 4; bits <= 8; bits += 4) {
             if (bits == 4 && ((k + 63) / 64 * 64) % group) continue;
             weights *to = calloc(1, sizeof *to);
@@ -75,12 +78,15 @@ static void wrong_sums(void)
     weights *to = calloc(1, sizeof *to);
     add_quantized(to, "m.weight", w, 16, 64, 4, 64, exact);
     CHECK(migi_pool_new(&pool, 1, "scalar", &err) == MIGI_OK, "%s", err.message);
-    CHECK(migi_integer_sums(pool, &to->list[0], NULL, x, 1, 64, sums, scales, &err) == MIGI_E_MODEL && strstr(err.message, "_group is missing"), "%s", err.message);
+    CHECK(migi_integer_sums(pool, &to->list[0], NULL, x, 1, 64, sums, scales, &err) == MIGI_E_MODEL &&
+              strstr(err.message, "_group is missing"),
+          "%s", err.message);
     CHECK(migi_integer_sums(pool, &to->list[1], NULL, x, 1, 64, sums, scales, &err) == MIGI_E_ARGUMENT, "a float tensor");
     CHECK(migi_integer_sums(pool, &to->list[0], &to->list[2], x, 1, 65, sums, scales, &err) == MIGI_E_MODEL, "another K");
     CHECK(migi_integer_sums(pool, &to->list[0], &to->list[2], x, 0, 64, sums, scales, &err) == MIGI_E_ARGUMENT, "no rows");
     x[3] = NAN;
-    CHECK(migi_integer_sums(pool, &to->list[0], &to->list[2], x, 1, 64, sums, scales, &err) == MIGI_OK && isnan(scales[0]) && !sums[0], "NaN is told by the scale");
+    CHECK(migi_integer_sums(pool, &to->list[0], &to->list[2], x, 1, 64, sums, scales, &err) == MIGI_OK && isnan(scales[0]) && !sums[0],
+          "NaN is told by the scale");
     free_weights(to);
     free(w);
 
@@ -131,8 +137,7 @@ static void ways(const migi_model *model, const char *isa, const int32_t *want, 
     CHECK(migi_session_sync(r.session, prompt, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_append(r.session, text, TEXT, whole, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_sync(r.session, prompt, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
-    for (int i = 0; i < TEXT; i++)
-        CHECK(migi_session_append(r.session, &text[i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
+    for (int i = 0; i < TEXT; i++) CHECK(migi_session_append(r.session, &text[i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
     same(text, single, text, whole, tolerance, "token by token");
     close_rig(&r);
 }
@@ -152,16 +157,15 @@ static void long_text(const migi_model *model, const char *isa, int fp32, float 
     CHECK(migi_session_sync(r.session, prompt, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_append(r.session, rest, LONG, whole, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_sync(r.session, prompt, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
-    for (int i = 0; i < LONG; i++)
-        CHECK(migi_session_append(r.session, &rest[i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
+    for (int i = 0; i < LONG; i++) CHECK(migi_session_append(r.session, &rest[i], 1, &single[i], &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_append(r.session, rest, 1, &next, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_sync(r.session, rest, 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message); /* nothing is kept */
     CHECK(migi_session_sync(r.session, text, LONG + 1, NULL, 0, &r.err) == MIGI_OK, "%s", r.err.message);
     CHECK(migi_session_append(r.session, rest, 1, &after_prompt, &r.err) == MIGI_OK, "%s", r.err.message);
     for (int i = 0; i < LONG; i++) worst = fmaxf(worst, fabsf(whole[i] - single[i]));
     CHECK(worst <= tolerance, "%s, fp32 %d: a long text in one piece and token by token differ by %g", isa, fp32, (double)worst);
-    CHECK(fabsf(next - after_prompt) <= tolerance, "%s, fp32 %d: after a long prompt %g, token by token %g", isa, fp32, (double)after_prompt,
-          (double)next);
+    CHECK(fabsf(next - after_prompt) <= tolerance, "%s, fp32 %d: after a long prompt %g, token by token %g", isa, fp32,
+          (double)after_prompt, (double)next);
     close_rig(&r);
 }
 
@@ -274,8 +278,13 @@ static void refused(weights *w, const char *word, const char *what)
 static void damaged_fields(weights *w, const char *name)
 {
     migi_tensor *t = named(w, name), good = *t;
-    static const int64_t shapes[][5] = {{INT64_MAX, INT64_MAX, 16, 4}, {INT64_C(1) << 62, 4, 1, 1}, {INT64_C(1) << 32, INT64_C(1) << 32, 1, 1},
-                                        {-1, -1, 16, 4}, {INT64_MIN, 1, 1, 1}, {0, 1, 1, 1}, {1, 0, INT64_MAX, INT64_MAX}};
+    static const int64_t shapes[][5] = {{INT64_MAX, INT64_MAX, 16, 4},
+                                        {INT64_C(1) << 62, 4, 1, 1},
+                                        {INT64_C(1) << 32, INT64_C(1) << 32, 1, 1},
+                                        {-1, -1, 16, 4},
+                                        {INT64_MIN, 1, 1, 1},
+                                        {0, 1, 1, 1},
+                                        {1, 0, INT64_MAX, INT64_MAX}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         memcpy(t->shape, shapes[i], sizeof t->shape);
         refused(w, name, "shape");

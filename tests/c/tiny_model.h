@@ -14,10 +14,12 @@ typedef struct weights {
     int count;
 } weights;
 
+/* clang-format off */
 static const migi_config config = {.layers = 2, .hidden = 48, .intermediate = 80, .heads = 4, .kv_heads = 2, .head_dim = 16,
     .vocab = 61, .tied = 0, .mrope_section = {2, 3, 3}, .rms_eps = 1e-6f, .rope_theta = 10000.f, .image_token = PICTURE,
     .v_depth = 2, .v_dim = 32, .v_heads = 2, .v_mlp = 128, .patch = 14, .merge = 2, .temporal = 2, .channels = 3,
     .v_rope_theta = 10000.f, .mean = {.48f, .46f, .41f}, .std = {.27f, .26f, .28f}};
+/* clang-format on */
 
 static inline void add(weights *w, const char *name, int bf16, float base, float spread, int64_t rows, int64_t cols)
 {
@@ -30,7 +32,8 @@ static inline void add(weights *w, const char *name, int bf16, float base, float
         if (bf16) ((uint16_t *)w->data[i])[j] = migi_f32_to_bf16(v);
         else ((float *)w->data[i])[j] = v;
     }
-    w->list[i] = (migi_tensor){w->names[i], w->data[i], (int64_t)n * (bf16 ? 2 : 4), bf16 ? MIGI_BF16 : MIGI_F32, cols ? 2 : 1, {rows, cols}};
+    w->list[i] = (migi_tensor){w->names[i],  w->data[i],  (int64_t)n * (bf16 ? 2 : 4), bf16 ? MIGI_BF16 : MIGI_F32,
+                               cols ? 2 : 1, {rows, cols}};
 }
 
 static inline void add_at(weights *w, const char *prefix, int layer, const char *name, float base, float spread, int64_t rows, int64_t cols)
@@ -109,7 +112,8 @@ static inline void add_quantized(weights *to, const char *name, const float *w, 
         float m = frexpf(bits == 8 ? top / 127.f : top / 7.f / 16.f, &e), scale = ldexpf(ceilf(m * 64.f), e - 6);
         scales[r] = scale;
         for (int i = 0; i < k; i++) {
-            size_t at = (size_t)r * (size_t)k + (size_t)i, quad = ((size_t)(r / 16) * (size_t)kp + (size_t)i / 4 * 4) * 16 + (size_t)(r % 16 * 4 + i % 4);
+            size_t at = (size_t)r * (size_t)k + (size_t)i,
+                   quad = ((size_t)(r / 16) * (size_t)kp + (size_t)i / 4 * 4) * 16 + (size_t)(r % 16 * 4 + i % 4);
             if (bits == 8) {
                 int q = (int)rintf(w[at] / scale);
                 bytes[quad] = (uint8_t)(int8_t)q;
@@ -151,10 +155,8 @@ static inline weights *quantize_weights(const weights *plain, int bits, weights 
         for (size_t j = 0; j < elements; j++)
             w[j] = t->dtype == MIGI_F32 ? ((const float *)t->data)[j] : migi_bf16_to_f32(((const uint16_t *)t->data)[j]);
         if (t->rank == 1) turn--;
-        if (t->rank == 1 || (this_one == 16 && !embedding))
-            add_copy(to, t->name, t->data, t, t->dtype);
-        else
-            add_quantized(to, t->name, w, n, k, embedding || group_of(k) < 16 ? 8 : this_one, group_of(k), w);
+        if (t->rank == 1 || (this_one == 16 && !embedding)) add_copy(to, t->name, t->data, t, t->dtype);
+        else add_quantized(to, t->name, w, n, k, embedding || group_of(k) < 16 ? 8 : this_one, group_of(k), w);
         add_copy(same_as, t->name, w, t, MIGI_F32);
         free(w);
     }
@@ -204,11 +206,13 @@ static inline void close_rig(rig *r)
 
 /* text, picture of 3 x 2 cells, text, picture of 1 x 3 cells, text */
 enum { PROMPT = 3 + 6 + 2 + 3 + 4 };
-static const int32_t prompt[PROMPT] = {1, 2, 3, PICTURE, PICTURE, PICTURE, PICTURE, PICTURE, PICTURE, 4, 5, PICTURE, PICTURE, PICTURE, 6, 8, 9, 10};
+static const int32_t prompt[PROMPT] = {1, 2, 3,       PICTURE, PICTURE, PICTURE, PICTURE, PICTURE, PICTURE,
+                                       4, 5, PICTURE, PICTURE, PICTURE, 6,       8,       9,       10};
 
 static inline void answer(rig *r, int32_t *tokens, float *logprobs, int n)
 {
-    CHECK(migi_session_sync(r->session, prompt, PROMPT, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s", r->err.message);
+    CHECK(migi_session_sync(r->session, prompt, PROMPT, (const migi_vision *const *)r->pictures, 2, &r->err) == MIGI_OK, "%s",
+          r->err.message);
     for (int i = 0; i < n; i++) {
         CHECK(migi_session_greedy(r->session, 1.05f, &tokens[i], &logprobs[i], &r->err) == MIGI_OK, "%s", r->err.message);
         if (tokens[i] == PICTURE) tokens[i] = 11;
@@ -221,7 +225,8 @@ enum { NEW = 9 };
 static inline void same(const int32_t *a, const float *la, const int32_t *b, const float *lb, float tolerance, const char *what)
 {
     for (int i = 0; i < NEW; i++)
-        CHECK(a[i] == b[i] && fabsf(la[i] - lb[i]) <= tolerance, "%s: token %d is %d (%g), expected %d (%g)", what, i, a[i], (double)la[i], b[i], (double)lb[i]);
+        CHECK(a[i] == b[i] && fabsf(la[i] - lb[i]) <= tolerance, "%s: token %d is %d (%g), expected %d (%g)", what, i, a[i], (double)la[i],
+              b[i], (double)lb[i]);
 }
 
 #endif

@@ -15,8 +15,8 @@ from reference import draw, reference_logprobs
 
 from migician.export.formats import gptq, hf_folder
 from migician.export.formats.gptq import write_gptq
+from migician.runtime.chat_template import CHAT_TEMPLATE
 from migician.runtime.errors import ModelFileError, UnsupportedError
-from migician.runtime.files.chat_template import CHAT_TEMPLATE
 from migician.runtime.files.checkpoint import Checkpoint, derive
 from migician.runtime.files.open import open_checkpoint
 from migician.runtime.files.quantization import Quantization

@@ -5,7 +5,7 @@ import pytest
 from fontfile import make_font
 from PIL import Image
 
-from migician.runtime.boxes import Box
+from migician.runtime.boxes import Box, Point
 from migician.runtime.draw import _wrap, contact_sheet
 from migician.runtime.fonts import Lettering
 
@@ -14,6 +14,10 @@ RED = (230, 25, 75)  # the first colour of the palette
 
 def box(image, xyxy, label="", score=0.0):
     return Box(image, label, xyxy, (0, 0, 0, 0), score)
+
+
+def point(image, xy, label="", score=0.0):
+    return Point(image, label, xy, (0, 0), score)
 
 
 def gray(*size):
@@ -105,3 +109,36 @@ def test_labels_of_other_scripts_are_drawn(monkeypatch, tmp_path):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_any_mode(mode):
     assert contact_sheet([Image.new(mode, (30, 20))], [box(0, (1, 1, 9, 9))]).mode == "RGB"
+
+
+def test_a_point_is_a_cross_on_its_own_picture():
+    plain = np.asarray(contact_sheet([gray(200, 200), gray(200, 200)], []))
+    sheet = np.asarray(contact_sheet([gray(200, 200), gray(200, 200)], [], points=[point(1, (50, 150))]))
+    assert sheet.shape == plain.shape
+    rows, cols = np.nonzero((plain == 128).all(-1))
+    left, right = np.unique(cols)[[0, -1]]
+    side = rows.max() - rows.min() + 1
+    x, y = right + 1 - side * 150 // 200, rows.min() + side * 150 // 200
+    rows, cols = np.nonzero((sheet == RED).all(-1))
+    assert (cols.min() + cols.max()) / 2 == pytest.approx(x, abs=2)
+    assert (rows.min() + rows.max()) / 2 == pytest.approx(y, abs=2)
+    arms = (sheet[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1] == RED).all(-1)
+    middle = arms.shape[0] // 2, arms.shape[1] // 2
+    assert arms[middle[0]].all() and arms[:, middle[1]].all() and not arms[0, 0] and not arms[-1, -1]
+    changed = np.unique(np.nonzero((sheet != plain).any(-1))[1])
+    assert changed.min() > (left + right) / 2
+
+
+def test_points_have_labels_and_colours_beside_boxes():
+    boxes, points = [box(0, (20, 20, 90, 90), "the cup")], [point(0, (150, 150), "the tab", 0.5)]
+    sheet = np.asarray(contact_sheet([gray(200, 200)], boxes, points=points))
+    first, second = (np.array(c) for c in (RED, (10, 124, 255)))
+    assert (sheet == first).all(-1).any() and (sheet == second).all(-1).any()
+    assert contact_sheet([gray(200, 200)], boxes).tobytes() != sheet.tobytes()
+
+
+@pytest.mark.parametrize("where", [(0, 0), (10, 10), (-5, 400), (1e6, 1e6)])
+def test_odd_points(where):
+    for size in ((1, 1), (10, 10), (1, 180), (180, 1)):
+        marks = [point(0, where, "words " * 60, 0.5), point(7, where)]
+        assert contact_sheet([gray(*size)], [], points=marks, title="x").width > 0

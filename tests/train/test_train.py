@@ -16,8 +16,8 @@ pytest.importorskip("yaml")
 from click.testing import CliRunner  # noqa: E402
 
 from migician.calib.scenes import EASY_TASKS, TASKS, sample, texts  # noqa: E402
+from migician.runtime.chat_template import CHAT_TEMPLATE  # noqa: E402
 from migician.runtime.errors import MigicianError  # noqa: E402
-from migician.runtime.files.chat_template import CHAT_TEMPLATE  # noqa: E402
 from migician.runtime.files.open import open_checkpoint  # noqa: E402
 from migician.runtime.image import smart_resize  # noqa: E402
 from migician.runtime.prompt import Vocabulary as RuntimeVocabulary  # noqa: E402

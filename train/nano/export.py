@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ...runtime.files.chat_template import CHAT_TEMPLATE
+from ...runtime.chat_template import CHAT_TEMPLATE
 from ...runtime.files.config import CLIP_MEAN, CLIP_STD
 from ...runtime.files.write import whole_file
 from .model import NanoConfig

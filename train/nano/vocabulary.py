@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from ...runtime.files.chat_template import SYSTEM_TURN
+from ...runtime.chat_template import SYSTEM_TURN
 
 __all__ = ["ASSISTANT", "SPECIAL", "SYSTEM", "UNKNOWN", "Vocabulary"]
 

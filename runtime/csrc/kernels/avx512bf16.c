@@ -13,7 +13,8 @@
 #include "simd_bf16.inc"
 
 /* The last vector of c's rows holds `last` values. m and vectors are constants where it is inlined. */
-INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k, int add)
+INLINE void bf16_tile(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panel, int m, int vectors, int last, int k,
+                      int add)
 {
     __m512 sum[SIMD_MR][2];
     for (int i = 0; i < m; i++)
@@ -49,15 +50,18 @@ INLINE void bf16_rows(float *c, size_t ldc, const uint16_t *a, size_t lda, const
     for (; i < m; i++) bf16_tile(c + i * ldc, ldc, a + i * lda, lda, panel, 1, vectors, last, k, add);
 }
 
-static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k,
-                      int add)
+static void gemm_dots(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k, int add)
 {
     for (; n > 16; n -= NR, c += NR, panels += ldp) bf16_rows(c, ldc, a, lda, panels, m, 2, (n < NR ? n : NR) - 16, k, add);
     if (n > 0) bf16_rows(c, ldc, a, lda, panels, m, 1, n, k, add);
 }
 
-const migi_kernels migi_own_avx512bf16 = {.isa = "avx512bf16", .below = &migi_own_avx512vnni, .bf16_dots = 1, .round_bf16 = round_bf16,
-                                           .gemm_bf16 = gemm_dots, .exp2_bf16 = exp2_bf16};
+const migi_kernels migi_own_avx512bf16 = {.isa = "avx512bf16",
+                                          .below = &migi_own_avx512vnni,
+                                          .bf16_dots = 1,
+                                          .round_bf16 = round_bf16,
+                                          .gemm_bf16 = gemm_dots,
+                                          .exp2_bf16 = exp2_bf16};
 #else
 typedef int migi_no_avx512bf16;
 #endif

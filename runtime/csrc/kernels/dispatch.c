@@ -111,7 +111,8 @@ enum { ENTRIES = sizeof entries / sizeof entries[0] };
 
 #define COUNT(kind, slot) +1
 enum { SLOTS = 0 MIGI_KERNEL_SLOTS(COUNT) };
-_Static_assert(sizeof(migi_kernels) == offsetof(migi_kernels, pack_f32) + SLOTS * sizeof(void (*)(void)), "a slot is not in MIGI_KERNEL_SLOTS");
+_Static_assert(sizeof(migi_kernels) == offsetof(migi_kernels, pack_f32) + SLOTS * sizeof(void (*)(void)),
+               "a slot is not in MIGI_KERNEL_SLOTS");
 
 int migi_kernels_count(void) { return ENTRIES; }
 
@@ -122,18 +123,17 @@ int migi_kernels_named(const char *isa)
     return -1;
 }
 
-static bool runs(const migi_kernels *own)
-{
-    return (!own->below || runs(own->below)) && entries[migi_kernels_named(own->isa)].cpu_has();
-}
+static bool runs(const migi_kernels *own) { return (!own->below || runs(own->below)) && entries[migi_kernels_named(own->isa)].cpu_has(); }
 
 static void lay_over(migi_kernels *k, const migi_kernels *own)
 {
     if (own->below) lay_over(k, own->below);
     k->isa = own->isa, k->below = own->below;
+    /* clang-format off */
 #define TAKE(kind, slot) if (own->slot) k->slot = own->slot;
     TAKE(, nr) TAKE(, bf16_dots) TAKE(, nr_bf16) TAKE(, k_bf16) TAKE(, i4_rows)
     MIGI_KERNEL_SLOTS(TAKE)
+    /* clang-format on */
 #undef TAKE
 }
 

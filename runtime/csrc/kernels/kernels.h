@@ -41,10 +41,10 @@
 #include <stdint.h>
 
 enum {
-    MIGI_MAX_NR = 64,  /* widest panel of any table */
-    MIGI_K_INT8 = 64,  /* quantized rows are padded with zeros to a multiple of this */
-    MIGI_BLOCK = 16,   /* rows of a block of quantized weights */
-    MIGI_SUMS = 16,    /* partial sums over a row */
+    MIGI_MAX_NR = 64, /* widest panel of any table */
+    MIGI_K_INT8 = 64, /* quantized rows are padded with zeros to a multiple of this */
+    MIGI_BLOCK = 16,  /* rows of a block of quantized weights */
+    MIGI_SUMS = 16,   /* partial sums over a row */
     MIGI_ALL_ROWS = 1 << 30,
 };
 
@@ -60,11 +60,11 @@ typedef struct migi_kernels migi_kernels;
 struct migi_kernels {
     const char *isa;
     const migi_kernels *below; /* NULL for scalar */
-    int nr;        /* columns of an f32 panel; the packing and gemm_f32 go with it */
-    int bf16_dots; /* 1: gemm_bf16 is faster than gemm_f32 on this instruction set */
-    int nr_bf16;   /* columns of a bf16 panel; pack_pairs and gemm_bf16 go with it */
-    int k_bf16;    /* bf16 rows are padded with zeros to a multiple of this, at most 32 */
-    int i4_rows;   /* more rows than this are multiplied faster by expand_i4 and gemm_i8 than by gemm_i4 */
+    int nr;                    /* columns of an f32 panel; the packing and gemm_f32 go with it */
+    int bf16_dots;             /* 1: gemm_bf16 is faster than gemm_f32 on this instruction set */
+    int nr_bf16;               /* columns of a bf16 panel; pack_pairs and gemm_bf16 go with it */
+    int k_bf16;                /* bf16 rows are padded with zeros to a multiple of this, at most 32 */
+    int i4_rows;               /* more rows than this are multiplied faster by expand_i4 and gemm_i8 than by gemm_i4 */
 
     /* panel <- rows w[0..rows) x k, rows <= nr */
     void (*pack_f32)(float *panel, const float *w, size_t ldw, int rows, int k);
@@ -132,6 +132,7 @@ struct migi_kernels {
 };
 
 /* Every slot, and the kind of work it serves in reports: X(kind, slot). */
+/* clang-format off */
 #define MIGI_KERNEL_SLOTS(X)                                                                                          \
     X(float, pack_f32) X(float, pack_bf16) X(float, gemm_f32) X(float, gemv_f32) X(float, gemv_bf16)                  \
     X(bf16, round_bf16) X(bf16, pack_pairs) X(bf16, gemm_bf16) X(bf16, exp2_bf16)                                     \
@@ -139,6 +140,7 @@ struct migi_kernels {
     X(half, narrow_f16) X(half, widen_f16) X(half, dots_f16) X(half, weighted_f16)                                    \
     X(rows, weighted_sum) X(rows, rms_norm) X(rows, layer_norm) X(rows, silu_mul) X(rows, quick_gelu) X(rows, gelu)   \
     X(rows, rope) X(rows, exp2_sum) X(rows, max) X(rows, scale)
+/* clang-format on */
 
 extern const migi_kernels migi_own_scalar, migi_own_avx512vnni_emulated, migi_own_amx_emulated;
 extern const migi_kernels migi_own_avx2, migi_own_avx512, migi_own_avx512vnni, migi_own_avx512bf16, migi_own_amx; /* x86-64 */
@@ -177,16 +179,22 @@ static inline size_t migi_padded_int8(size_t n) { return (n + MIGI_K_INT8 - 1) /
 #define EXP2_COARSE_3 5.590642616e-2f
 #define EXP2_COARSE_4 9.582852945e-3f
 
+/* A float and its bits. */
+typedef union migi_word {
+    float f;
+    uint32_t u;
+} migi_word;
+
 static inline float migi_bf16_to_f32(uint16_t h)
 {
-    union { uint32_t u; float f; } v = {.u = (uint32_t)h << 16};
+    migi_word v = {.u = (uint32_t)h << 16};
     return v.f;
 }
 
 /* Rounds to nearest, ties to even; NaN stays NaN. */
 static inline uint16_t migi_f32_to_bf16(float f)
 {
-    union { float f; uint32_t u; } v = {.f = f};
+    migi_word v = {.f = f};
     if ((v.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(v.u >> 16 | 0x40);
     return (uint16_t)((v.u + 0x7fff + (v.u >> 16 & 1)) >> 16);
 }
@@ -199,7 +207,10 @@ static inline float migi_fma(float a, float b, float c)
     return __builtin_fmaf(a, b, c);
 #else
     double product = (double)a * (double)b, d = (double)c;
-    union { double f; int64_t i; } sum = {.f = product + d};
+    union {
+        double f;
+        int64_t i;
+    } sum = {.f = product + d};
     double part = sum.f - product, error = (product - (sum.f - part)) + (d - part);
     if (error != 0. && !(sum.i & 1)) sum.i += (error > 0.) == (sum.f > 0.) ? 1 : -1;
     return (float)sum.f;
@@ -217,7 +228,7 @@ static inline float migi_add_sums(const float *s)
 
 static inline float migi_f16_to_f32(uint16_t h)
 {
-    union { uint32_t u; float f; } v = {.u = (uint32_t)(h & 0x7fff) << 13}, magic = {.u = (127u - 15 + 127) << 23};
+    migi_word v = {.u = (uint32_t)(h & 0x7fff) << 13}, magic = {.u = (127u - 15 + 127) << 23};
     v.f *= magic.f; /* the exponent's bias changes by a multiplication, which serves subnormals too */
     if ((h & 0x7c00) == 0x7c00) v.u |= 0xffu << 23;
     v.u |= (uint32_t)(h & 0x8000) << 16;
@@ -227,7 +238,7 @@ static inline float migi_f16_to_f32(uint16_t h)
 /* Rounds to nearest, ties to even; beyond 65504 it is infinite; NaN stays NaN. */
 static inline uint16_t migi_f32_to_f16(float f)
 {
-    union { float f; uint32_t u; } v = {.f = f}, magic;
+    migi_word v = {.f = f}, magic;
     uint16_t sign = (uint16_t)(v.u >> 16 & 0x8000);
     v.u &= 0x7fffffffu;
     if (v.u > 0x7f800000u) return sign | 0x7e00;

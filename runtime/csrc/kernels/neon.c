@@ -81,7 +81,7 @@ INLINE void i4_group(int32_t *c, const int8_t *a, int16x4_t offset, const uint8_
         }
     }
     for (int v = 0; v < 4; v++) {
-        vi factor = (vi)__builtin_convertvector(*(const vq *)(factors + v * 4), vu);
+        vi factor = (vi) __builtin_convertvector(*(const vq *)(factors + v * 4), vu);
         int32x4_t whole = vpaddq_s32(vpaddlq_s16(sum[2 * v]), vpaddlq_s16(sum[2 * v + 1]));
         vst1q_s32(c + v * 4, vmlaq_s32(vld1q_s32(c + v * 4), whole, (int32x4_t)factor));
     }
@@ -111,8 +111,8 @@ static void gemm_i4(int32_t *c, size_t ldc, const int8_t *a, size_t lda, const m
     for (int i = 0; i < m; i++) row_i4(c + i * ldc, a + i * lda, w, n, k);
 }
 
-const migi_kernels migi_own_neon = {.isa = "neon", .below = &migi_own_scalar, SIMD_SLOTS, HALF_SLOTS, .gemm_i8 = gemm_i8, .gemm_i4 = gemm_i4,
-                                    .i4_rows = 2};
+const migi_kernels migi_own_neon = {
+    .isa = "neon", .below = &migi_own_scalar, SIMD_SLOTS, HALF_SLOTS, .gemm_i8 = gemm_i8, .gemm_i4 = gemm_i4, .i4_rows = 2};
 #else
 typedef int migi_no_neon;
 #endif

@@ -42,8 +42,7 @@ static void pack_pairs(uint32_t *panel, const uint16_t *w, size_t ldw, int rows,
         }
 }
 
-static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k,
-                      int add)
+static void gemm_bf16(float *c, size_t ldc, const uint16_t *a, size_t lda, const uint32_t *panels, size_t ldp, int m, int n, int k, int add)
 {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
@@ -110,13 +109,13 @@ static void layer_norm(float *y, const float *x, const float *w, const float *b,
  * rounds to the nearest integer. */
 static float exp2_of(float t, float r, int coarse)
 {
-    union { float f; uint32_t i; } scale = {.f = t};
+    migi_word scale = {.f = t};
     float p = coarse ? EXP2_COARSE_4 : EXP2_6;
     if (!coarse) p = migi_fma(migi_fma(p, r, EXP2_5), r, EXP2_4);
     p = migi_fma(p, r, coarse ? EXP2_COARSE_3 : EXP2_3);
     p = migi_fma(p, r, coarse ? EXP2_COARSE_2 : EXP2_2);
     p = migi_fma(p, r, coarse ? EXP2_COARSE_1 : EXP2_1);
-    scale.i <<= 23;
+    scale.u <<= 23;
     return migi_fma(p, r, 1.f) * scale.f;
 }
 
@@ -290,6 +289,7 @@ static void weighted_f16(float *y, const float *p, size_t ldp, const uint16_t *v
                 y[i * n + j] = migi_fma(p[(size_t)i * ldp + (size_t)r], migi_f16_to_f32(v[(size_t)r * ldv + (size_t)j]), y[i * n + j]);
 }
 
+/* clang-format off */
 const migi_kernels migi_own_scalar = {
     .isa = "scalar", .nr = NR, .nr_bf16 = NR, .k_bf16 = 2, .i4_rows = 8,
     .pack_f32 = pack_f32, .pack_bf16 = pack_bf16, .gemm_f32 = gemm_f32, .gemv_f32 = gemv_f32, .gemv_bf16 = gemv_bf16,
@@ -300,3 +300,4 @@ const migi_kernels migi_own_scalar = {
     .weighted_sum = weighted_sum, .rms_norm = rms_norm, .layer_norm = layer_norm, .silu_mul = silu_mul, .quick_gelu = quick_gelu,
     .gelu = gelu, .rope = rope, .exp2_sum = exp2_sum, .max = maximum, .scale = scale,
 };
+/* clang-format on */
