@@ -63,12 +63,14 @@ def _split(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 def command(**options: Any) -> None:
     """Chooses records of SOURCE evenly over tasks, numbers of pictures and resolutions, and writes them to DIR.
 
-    SOURCE is a JSON file in MGrounding-630k's layout (an array, or one record a line), a folder of such files, or nano:
-    scenes drawn by this package. Broken records are left out and counted.
+    SOURCE is a JSON file in MGrounding-630k's layout (an array, or one record a line), a folder of such files, a
+    dataset of the hub (ORG/NAME, ORG/NAME@REVISION), or nano: scenes drawn by this package. Pictures may lie in zip
+    files beside the JSON; those of the hub come as they are needed. Broken records are left out and counted.
 
     \b
     migician-calib MGrounding-630k.json -o calib --images /data --licence "see the data's page"
     migician-calib MGrounding-630k/ -o calib --samples 512 --tasks object_tracking,group_grounding
+    migician-calib Michael4933/MGrounding-630k -o calib --tasks common_object
     migician-calib nano -o calib-nano --samples 64
     """
     request = Request(**options)

@@ -7,7 +7,8 @@ A source is a JSON array, JSON lines, or a folder of such files. A record:
 
 id and type may be missing (type is then the file's name); "role" and "content", "user" and "assistant" serve as well.
 A picture is looked for from the JSON file's folder, the source's folder and the pictures' root, each with and without
-its own name at the front of the path. Paths are judged as written: symbolic links are followed.
+its own name at the front of the path, then inside their zip files (pictures.py). Paths are judged as written: symbolic
+links are followed.
 The model reads all pictures before the first question, so placeholders are taken out of the text wherever they stand.
 """
 
@@ -27,7 +28,10 @@ from PIL import Image
 
 from ..runtime.boxes import parse_boxes
 from ..runtime.errors import ImageError, MigicianError
+from ..runtime.files.archive import open_file
+from ..runtime.files.hub import obtain_dataset
 from ..runtime.image import open_picture, smart_resize
+from .pictures import Pictures, word_of
 from .scanner import Broken, scan
 from .store import Size, upright_size
 
@@ -91,7 +95,10 @@ class Example(NamedTuple):
 
 @dataclass
 class Tally:
-    """What a reading met.   records: all of them.   tasks: sound records by task, unwanted tasks included."""
+    """What a reading met.
+
+    records: all of them.   tasks: sound records by task, unwanted tasks, whose pictures are not sought, included.
+    """
 
     records: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
@@ -136,7 +143,7 @@ class _Seen:
 
 def task_name(name: str) -> str:
     """Brings a task's name to one form: "Object-Tracking" becomes object_tracking."""
-    return re.sub(r"[\W_]+", "_", name.casefold()).strip("_") or "unnamed"
+    return word_of(name) or "unnamed"
 
 
 # ---- one record
@@ -211,8 +218,8 @@ def _names(value: Any) -> list[str]:
     return names
 
 
-def _locate(name: str, bases: Sequence[str]) -> str:
-    """The path of a picture that is a file below one of the folders."""
+def _locate(name: str, bases: Sequence[str], pictures: Pictures) -> str:
+    """The path of a picture that is a file below one of the folders, or inside a zip file."""
     inside = False
     for base in bases:
         for start in (base, os.path.dirname(base)):
@@ -221,6 +228,8 @@ def _locate(name: str, bases: Sequence[str]) -> str:
                 inside = True
                 if os.path.isfile(path):  # False, too, for names that no file can have
                     return path
+    if inside and (found := pictures.find(name)):
+        return found
     raise BadRecord("missing_picture" if inside else "outside_root", name[:120])
 
 
@@ -229,7 +238,7 @@ def _header(path: str) -> Size:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_file(path) as file, Image.open(file) as image:
                 width, height = upright_size(image)
         smart_resize(height, width)  # refuses what no model can take
         return width, height
@@ -239,36 +248,41 @@ def _header(path: str) -> Size:
 
 
 class Source:
-    """A JSON file or a folder of them."""
+    """A JSON file or a folder of them, or a dataset of the hub."""
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
         """images: the pictures' root.   Raises MigicianError when a path is not there or a folder has no JSON file."""
-        path = Path(path)
+        dataset = obtain_dataset(path)
+        path = Path(path) if dataset is None else dataset.folder
         if not path.exists():
-            raise MigicianError(f"{path}: no such file or folder; give MGrounding's JSON file or folder, or nano")
+            raise MigicianError(
+                f"{path}: no such file or folder; give MGrounding's JSON file or folder, hub id, or nano"
+            )
         if images is not None and not Path(images).is_dir():
             raise MigicianError(f"--images {images}: no such folder; name the one that holds the pictures")
         folder = path if path.is_dir() else path.parent
-        self.name = path.absolute().name
-        self.files = _json_files(path) if path.is_dir() else [path]
+        self.name = path.absolute().name if dataset is None else dataset.label
+        self.files = dataset.records if dataset else _json_files(path) if path.is_dir() else [path]
         self.bytes = sum(file.stat().st_size for file in self.files)
         self._names = [file.relative_to(folder).as_posix() for file in self.files]
         self._bases = [
             list(dict.fromkeys(os.path.abspath(p) for p in (file.parent, folder, images) if p is not None))
             for file in self.files
         ]
+        self._pictures = Pictures(dict.fromkeys(base for bases in self._bases for base in bases), dataset)
 
     def file_name(self, place: Place) -> str:
         """The name of a record's file, from the source's folder."""
         return self._names[place.file]
 
-    def record(self, value: Any, file: int) -> Record:
-        """Checks a parsed record of a file. Raises BadRecord."""
+    def record(self, value: Any, file: int, tasks: Collection[str] = ()) -> Record:
+        """Checks a parsed record of a file; without its pictures where it is of none of the tasks. Raises BadRecord."""
         names = _names(value)
         turns = _conversation(value, len(names))
-        images = tuple(_locate(name, self._bases[file]) for name in names)
         stated, given = value.get("type"), value.get("id")
         task = task_name(stated if isinstance(stated, str) and stated.strip() else Path(self._names[file]).stem)
+        sought = names if not tasks or task in tasks else []
+        images = tuple(_locate(name, self._bases[file], self._pictures) for name in sought)
         id = str(given) if isinstance(given, (str, int)) and not isinstance(given, bool) else ""
         id = id.encode(errors="replace").decode()
         content = json.dumps([task, id, names, turns]).encode()
@@ -291,7 +305,7 @@ class Source:
                     try:
                         if isinstance(item, Broken):
                             raise BadRecord("broken_json", item.reason)
-                        record = self.record(item.value, index)
+                        record = self.record(item.value, index, tasks)
                         if tasks and record.task not in tasks:
                             tally.tasks[record.task] += 1
                             continue

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..runtime.errors import MigicianError
+from ..runtime.files.archive import read_bytes
 from ..runtime.files.write import whole_folder
 from .scenes import TASKS, sample
 from .scenes.stream import check_seed
@@ -100,7 +101,7 @@ def _picture_bytes(image: Path | np.ndarray) -> tuple[bytes, str, Size]:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         return buffer.getvalue(), ".png", (image.shape[1], image.shape[0])
-    data = Path(image).read_bytes()
+    data = read_bytes(image)
     with Image.open(io.BytesIO(data)) as opened:
         kind = opened.format or ""
         return data, _SUFFIXES.get(kind, f".{kind.lower()}"), upright_size(opened)

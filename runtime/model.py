@@ -328,7 +328,7 @@ def load(
     speculate: bool = True,
     cache_bytes: int = CACHE_BYTES,
 ) -> Model:
-    """Loads a model: a .mig file, a Hugging Face folder, a hub id in the local cache, or "nano".
+    """Loads a model: a .mig file, a Hugging Face folder, a hub id (downloaded if need be), or "nano".
 
     source: None takes MIGICIAN_MODEL, else nano. threads: 0 is one per core. precision: "auto" lets activations be
     rounded, to int8 before quantized weights and to bf16 where the CPU multiplies that faster, "fp32" never.

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from .errors import ImageError
+from .files.archive import read_bytes
 from .kinds import BASE64_PICTURE
 
 __all__ = [
@@ -307,6 +308,16 @@ def _read_path(path: str) -> bytes:
             return file.readall()
     except FileNotFoundError:
         raise ImageError(_missing(path)) from None
+    except NotADirectoryError:
+        return _read_member(path)
+    except (OSError, ValueError) as e:
+        raise ImageError(_missing(path) if BASE64_PICTURE.match(path) else _unreadable(e)) from None
+
+
+def _read_member(path: str) -> bytes:
+    """Reads a picture inside a zip file: set.zip/a.jpg."""
+    try:
+        return read_bytes(path)
     except (OSError, ValueError) as e:
         raise ImageError(_missing(path) if BASE64_PICTURE.match(path) else _unreadable(e)) from None
 

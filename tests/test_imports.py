@@ -13,6 +13,7 @@ FOLDERS = ("runtime", "calib", "export", "bench", "train")
 RUNTIME_MAY_INSTALL = {"numpy", "PIL", "tokenizers", "safetensors", "click", "cffi"}
 OF_AN_EXTRA = {  # imported where they are needed, if they are installed
     "runtime/backends/torch.py": {"torch", "transformers"},
+    "runtime/files/download.py": {"huggingface_hub"},
     "runtime/image.py": {"pillow_heif"},
 }
 
@@ -121,7 +122,7 @@ def test_each_backend_names_its_extra(root: Path) -> None:
     [
         ("migician", ("numpy", "PIL", "click", "migician.runtime")),
         ("migician.runtime.run", ("numpy", "PIL", "tokenizers", "migician.runtime.model")),
-        ("migician.runtime.model", ("torch", "transformers", "rich")),
+        ("migician.runtime.model", ("torch", "transformers", "rich", "huggingface_hub")),
     ],
 )
 def test_importing_costs_no_more_than_it_must(module: str, heavy: tuple[str, ...]) -> None:

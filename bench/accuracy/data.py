@@ -4,12 +4,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ...calib.pictures import Pictures
 from ...runtime.errors import MigicianError
+from ...runtime.files.archive import is_file
+from ...runtime.files.hub import Dataset, obtain_dataset
 
 __all__ = [
     "Question",
@@ -85,11 +88,13 @@ def _target(task: str, question: str, info: str, pictures: int) -> int | None:
 def read_mig_bench(path: Path | str, images_root: Path | str | None = None) -> list[Question]:
     """Reads a MIG_data.json: an array of {task, images, question, answer, additional_info, need_format}.
 
+    path: or a dataset of the hub, as ORG/NAME, which is downloaded if need be.
     images_root: the folder where the records' picture paths begin; None tries the file's own folder and the places
-    where unpacked downloads put them. Pictures need not exist, see missing_pictures().
+    where unpacked downloads put them, then the zip files there. Pictures need not exist, see missing_pictures().
     Raises MigicianError for a file that cannot be read or a record that is not a question.
     """
-    path = Path(path)
+    dataset = obtain_dataset(path)
+    path = Path(path) if dataset is None else _data_file(dataset)
     try:
         records = json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
@@ -99,8 +104,17 @@ def read_mig_bench(path: Path | str, images_root: Path | str | None = None) -> l
     if not isinstance(records, list) or not records:
         raise MigicianError(f"{path}: not a JSON array of questions; give MIG-Bench's MIG_data.json")
     names = [_picture_names(path, i, record) for i, record in enumerate(records)]
-    locate = _locator(path, None if images_root is None else Path(images_root), names)
+    locate = _locator(path, None if images_root is None else Path(images_root), names, dataset)
     return [_question(path, i, record, names[i], locate) for i, record in enumerate(records)]
+
+
+def _data_file(dataset: Dataset) -> Path:
+    """The file of a dataset that holds the questions."""
+    found = [path for path in dataset.records if path.name == "MIG_data.json"] or dataset.records
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found[:4])
+        raise MigicianError(f"{dataset.label}: several JSON files; give --data one of them: {names}")
+    return found[0]
 
 
 def _wrong(path: Path, index: int, what: str) -> MigicianError:
@@ -131,8 +145,13 @@ class _Locator:
         return self.root.joinpath(*parts)
 
 
-def _locator(path: Path, root: Path | None, names: Sequence[Sequence[PurePosixPath]]) -> _Locator:
-    """Chooses the reading of the paths under which pictures exist: whole, without "MIG-Bench/", without "images/"."""
+def _locator(
+    path: Path, root: Path | None, names: Sequence[Sequence[PurePosixPath]], dataset: Dataset | None
+) -> Callable[[PurePosixPath], Path]:
+    """Chooses the reading of the paths under which pictures exist: whole, without "MIG-Bench/", without "images/".
+
+    Where none does, pictures are looked for in the zip files.
+    """
     base = path.parent if root is None else root
     readings = [_Locator(base, skip) for skip in (0, 1, 2)]
     if root is None:
@@ -141,10 +160,13 @@ def _locator(path: Path, root: Path | None, names: Sequence[Sequence[PurePosixPa
     for reading in readings:
         if any(reading(name).is_file() for name in probes):
             return reading
-    return readings[0]
+    pictures = Pictures([base], dataset)
+    return lambda name: Path(pictures.find(str(name)) or readings[0](name))
 
 
-def _question(path: Path, index: int, record: Any, names: Sequence[PurePosixPath], locate: _Locator) -> Question:
+def _question(
+    path: Path, index: int, record: Any, names: Sequence[PurePosixPath], locate: Callable[[PurePosixPath], Path]
+) -> Question:
     task, text, info = record.get("task"), record.get("question"), record.get("additional_info", "")
     if not isinstance(task, str) or not task:
         raise _wrong(path, index, "'task' is not a word")
@@ -204,7 +226,7 @@ def missing_pictures(questions: Iterable[Question]) -> dict[Path, list[int]]:
     for q in questions:
         for image in dict.fromkeys(q.images):
             users.setdefault(image, []).append(q.index)
-    return {image: indices for image, indices in users.items() if not image.is_file()}
+    return {image: indices for image, indices in users.items() if not is_file(image)}
 
 
 def read_lines(path: Path | str, *, torn: bool = False) -> list[dict[str, Any]]:

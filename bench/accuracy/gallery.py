@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from ...runtime.errors import ImageError
+from ...runtime.files.archive import open_file
 from ...runtime.report.charts import Ring, bar, radar
 from ...runtime.report.page import legend, page, section, signed, table, tiles, write_page
 from .protocol import PAPER, TASKS, Box, paper_ave, strip_tags
@@ -239,9 +241,9 @@ class _Purse:
 def _small(path: Path, side: int) -> tuple[str, int, int] | None:
     """The picture as a data URL: JPEG, or PNG where that is smaller, as it is for flat drawings."""
     try:
-        with Image.open(path) as opened:
+        with open_file(path) as file, Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, ImageError, Image.DecompressionBombError):
         return None
     if max(picture.size) > side:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)

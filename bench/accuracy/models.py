@@ -32,8 +32,9 @@ from ... import __version__
 from ...runtime.answer import Answer
 from ...runtime.backends import check_backend
 from ...runtime.errors import MigicianError, ModelFileError, UnsupportedError
+from ...runtime.files.archive import read_bytes
 from ...runtime.files.config import Preprocessor
-from ...runtime.files.open import find_in_cache
+from ...runtime.files.hub import peek
 from ...runtime.image import load_picture, open_picture
 from ...runtime.model import load
 from ..engines import PHASES, Answered, Engine, Picture, Times, any_length_only
@@ -56,9 +57,8 @@ def open_answerer(
 ) -> Engine:
     """Opens a model by what its name says.
 
-    model: what migician-run takes (a .mig file, a checkpoint folder, a hub id in the local cache, "nano"); the same of
-    another architecture goes to transformers, and so does transformers:NAME, which may be downloaded;
-    http://HOST[:PORT][/v1][#MODEL] is a server.
+    model: what migician-run takes (a .mig file, a checkpoint folder, a hub id, "nano"); the same of another
+    architecture goes to transformers, and so does transformers:NAME; http://HOST[:PORT][/v1][#MODEL] is a server.
     family: one of FAMILIES; None reads it from the model's name or configuration.
     max_side: of pictures, in pixels.   threads: 0 is the engine's choice.
     precision: "auto", or "fp32": no rounding of activations here, float32 weights and sums in transformers.
@@ -89,9 +89,9 @@ def open_answerer(
 
 
 def _folder(model: str) -> Path | None:
-    """The folder of a model that lies here, by path or in the hub's cache."""
+    """A folder with a model's config.json, by path or by hub id."""
     path = Path(model).expanduser()
-    return path if path.is_dir() else find_in_cache(model)
+    return path if path.is_dir() else peek(model)
 
 
 def _model_type(model: str) -> str | None:
@@ -539,7 +539,7 @@ def _data_url(picture: Picture, longest_side: int | None) -> str:
     """A picture as a data: URL: the file's own bytes where nothing has to change, else PNG."""
     image, raw, kind = open_picture(picture), b"", None
     if isinstance(picture, Path):
-        raw = picture.read_bytes()
+        raw = read_bytes(picture)
         with Image.open(io.BytesIO(raw)) as file:
             plain = file.mode == "RGB" and "transparency" not in file.info and file.getexif().get(0x0112, 1) == 1
             kind = _AS_IT_IS.get(file.format or "") if plain else None

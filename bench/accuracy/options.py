@@ -48,7 +48,8 @@ def _gates(_: click.Context, __: click.Parameter, values: Sequence[str]) -> "tup
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _QUESTIONS: tuple[_Decorator, ...] = (
-    click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="The questions, as published."),
+    click.option("--data", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The questions, as published; or a dataset of the hub, ORG/NAME."),
     click.option("--images", type=click.Path(path_type=Path), metavar="ROOT",
                  help="Where the pictures' paths begin. [the data file's folder]"),
     click.option("--drawn", type=_COUNT, metavar="N", help="Instead of --data: N drawn questions of each task."),

@@ -5,12 +5,14 @@ The exporter's report is a file's own word like any other: whatever is malformed
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .config import tensor_shapes
+from .hub_cache import revision_of
 from .quantization import KINDS, matrices
 from .tensors import shown
 
@@ -26,10 +28,11 @@ _MAX_REPORT = 16 << 20
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns what there is to say about a model, from its headers alone; no weight is read.
 
-    name, format ("mig" or "folder"), bytes of its files, parts {part: bytes} (other: texts, headers, padding, unused
-    tensors), weights (parameters of the model), bits_per_weight (of tensors alone), dtypes {dtype: tensors} of what is
-    not quantized, quantization (None or mode, group_size, groups, rotated, layers {kind: count}, kept [names left
-    bf16]), calibration (sha256 or None), report (None or worst [layers by output error], accuracy, calibration).
+    name, revision (commit of a model in the hub's cache, else None), format ("mig" or "folder"), bytes of its files,
+    parts {part: bytes} (other: texts, headers, padding, unused tensors), weights (parameters of the model),
+    bits_per_weight (of tensors alone), dtypes {dtype: tensors} of what is not quantized, quantization (None or mode,
+    group_size, groups, rotated, layers {kind: count}, kept [names left bf16]), calibration (sha256 or None), report
+    (None or worst [layers by output error], accuracy, calibration).
     """
     parts = dict.fromkeys(PARTS, 0)
     for name, tensor in checkpoint.tensors.items():
@@ -41,6 +44,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F32"))
     return {
         "name": checkpoint.name,
+        "revision": revision_of(os.path.abspath(checkpoint.where)),
         "format": "mig" if "quantization" in checkpoint.raw else "folder",
         "bytes": whole,
         "parts": parts,
@@ -142,7 +146,7 @@ def _count(value: Any) -> int | None:
 
 def describe_line(found: Mapping[str, Any]) -> str:
     """One line: "model nano: int4 groups of 128 + int8, rotated, 4.9 bits per weight, 5.1 MB"."""
-    name = shown(found["name"])
+    name = shown(found["name"]) + (f" (revision {shown(found['revision'])})" if found["revision"] else "")
     return f"model {name}: {_kind(found)}, {found['bits_per_weight']:.1f} bits per weight, {_size(found['bytes'])}"
 
 
@@ -169,6 +173,7 @@ def describe_text(found: Mapping[str, Any]) -> str:
     kind = "one .mig file" if found["format"] == "mig" else "checkpoint folder"
     lines = [
         f"model          {shown(found['name'])} ({kind})",
+        *([f"revision       {shown(found['revision'])}"] if found["revision"] else []),
         f"size           {_size(whole)}, {found['weights']:,} weights, {found['bits_per_weight']:.2f} bits per weight",
     ]
     for part, size in found["parts"].items():

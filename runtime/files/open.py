@@ -1,25 +1,27 @@
-"""Finds a model by what it is called: a .mig file, a Hugging Face folder, a hub id in the local cache, or "nano"."""
+"""Finds a model by what it is called: a .mig file, a Hugging Face folder, a hub id, or "nano"."""
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ModelFileError
 from .checkpoint import Checkpoint
+from .config import parse_config
 from .folder import open_folder
+from .hub import obtain_model
+from .hub_cache import parse_name, revision_of
 from .mig import read_mig
-from .tensors import shown
+from .tensors import parse_json, shown
 
-__all__ = ["NANO_FILE", "find_in_cache", "open_checkpoint"]
+__all__ = ["NANO_FILE", "open_checkpoint"]
 
 NANO_FILE = Path(__file__).resolve().parent.parent / "nano.mig"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a model by path, hub id or the name "nano"; nothing is downloaded and no weight is read.
+    """Opens a model by path, hub id or the name "nano"; no weight is read.
+
+    A hub id that is no path and not in the local cache is downloaded, where the extra "hub" is installed.
 
     Raises ModelFileError when something is missing or damaged, UnsupportedError when it is sound but not served.
     """
@@ -38,19 +40,35 @@ def _open(word: str) -> Checkpoint:
         return read_mig(NANO_FILE)
     path = Path(word).expanduser()
     if _probe(path, Path.is_dir):
-        return open_folder(path, path.resolve().name)
+        return open_folder(path, _folder_name(path))
     if _probe(path, os.path.lexists):
         return read_mig(path)
-    if not _HUB_ID.fullmatch(word) or path.suffix in (".mig", ".safetensors"):
+    name = parse_name(word)
+    if name is None:
         raise ModelFileError(
-            f"{shown(word)}: no such model; give a .mig file, a checkpoint folder, a hub id (org/name) or nano"
+            f"{shown(word)}: no such model; give a .mig file, a checkpoint folder, a hub id (org/name, or "
+            f"org/name@revision) or nano"
         )
-    folder = find_in_cache(word)
-    if folder is None:
-        raise ModelFileError(
-            f"{word}: no such folder, and not in the Hugging Face cache ({_hub_cache()}); run: hf download {word}"
-        )
-    return open_folder(folder, word)
+    found = obtain_model(name, lambda folder: _judge(folder, word))
+    return open_folder(found.folder, found.label)
+
+
+def _judge(folder: Path, name: str) -> None:
+    """Refuses another architecture by its config.json alone."""
+    path = folder / "config.json"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return  # opening the folder says so
+    parse_config(parse_json(text, path, "configuration"), where=f"{name}/config.json")
+
+
+def _folder_name(path: Path) -> str:
+    """What a model is called by its folder; one in the hub's cache by its hub id and the revision that it is."""
+    whole = path.resolve()
+    if revision_of(whole) != whole.name:
+        return whole.name
+    return f"{whole.parent.parent.name.partition('--')[2].replace('--', '/')}@{whole.name[:12]}"
 
 
 def _probe(path: Path, test: Callable[[Path], bool]) -> bool:
@@ -58,23 +76,3 @@ def _probe(path: Path, test: Callable[[Path], bool]) -> bool:
         return test(path)
     except (OSError, ValueError):  # a name too long, a NUL inside
         return False
-
-
-def _hub_cache() -> Path:
-    """The hub's cache folder by the rules of huggingface_hub."""
-    env = os.environ
-    if place := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(os.path.expandvars(place)).expanduser()
-    home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
-
-
-def find_in_cache(hub_id: str) -> Path | None:
-    """Returns the folder of a hub model's main revision in the local cache, or None."""
-    root = _hub_cache() / ("models--" + hub_id.replace("/", "--"))
-    try:
-        commit = (root / "refs" / "main").read_text("ascii").strip()
-    except (OSError, ValueError):
-        return None
-    folder = root / "snapshots" / commit
-    return folder if re.fullmatch(r"[0-9A-Za-z_.-]+", commit) and folder.is_dir() else None

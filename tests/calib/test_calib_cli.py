@@ -159,7 +159,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 def test_ctrl_c_while_writing_leaves_nothing(scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("migician.calib.store._write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(os, "fsync", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code, stdout, stderr = run(capsys, scenes, "-o", tmp_path / "calib")
