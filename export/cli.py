@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import click
 
 from ..runtime.command import run_command, version_option
-from .formats.table import DEFAULT, FORMATS
+from .formats.table import DEFAULT, FORMATS, choose
+from .places import check_places
 
 __all__ = ["command", "main"]
 
@@ -33,10 +34,10 @@ def _describe(context: click.Context, _: click.Parameter, value: str | None) -> 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", default="nano")
-@click.option("--int4", "mode", flag_value="int4", help="int4 language model, the rest int8.")
-@click.option("--int8", "mode", flag_value="int8", help="Everything int8.")
-@click.option("--bf16", "mode", flag_value="bf16", help="As it is, in one file.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help=_OUT)
+@click.option("--int4", is_flag=True, help="int4 language model, the rest int8.")
+@click.option("--int8", is_flag=True, help="Everything int8.")
+@click.option("--bf16", is_flag=True, help="As it is, in one file.")
+@click.option("-o", "--out", metavar="PATH", required=True, help=_OUT)
 @click.option("--calib", metavar="DIR|nano|none", help="What to calibrate on. [nano for nano, else to be given]")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Samples to calibrate on.")
 @click.option("--seed", type=click.IntRange(0, 999_999), default=0, show_default=True, help="Of every random choice.")
@@ -55,7 +56,7 @@ def _describe(context: click.Context, _: click.Parameter, value: str | None) -> 
 @click.option("--describe", metavar="FILE", is_eager=True, expose_value=False, callback=_describe,
               help="Say what a model file is, and exit.")  # fmt: skip
 @version_option
-def command(mode: str | None, calib: str | None, formats: tuple[str, ...], **rest: Any) -> None:
+def command(calib: str | None, formats: tuple[str, ...], out: str, **rest: Any) -> None:
     """Quantizes MODEL (a checkpoint folder, a hub id, a bf16 .mig file or nano) into one file that opens at once.
 
     \b
@@ -65,13 +66,18 @@ def command(mode: str | None, calib: str | None, formats: tuple[str, ...], **res
     migician-export path/to/Migician --int4 --calib calib -o migician-gptq --format gptq
     migician-export --describe migician.mig
     """
-    if mode is None:
-        raise click.UsageError("give --int4, --int8 or --bf16.")
+    modes = [name for name in ("int4", "int8", "bf16") if rest.pop(name)]
+    if len(modes) != 1:
+        asked = f", not --{' and --'.join(modes)} together" if modes else ""
+        raise click.UsageError(f"give --int4, --int8 or --bf16{asked}.")
+    mode = modes[0]
     if calib is None and mode != "bf16" and rest["model"] != "nano":
         raise click.UsageError(
             "give --calib: a folder of migician-calib, nano for drawn scenes, or none to round to nearest."
         )
-    _run(mode=mode, calib=calib or "nano", formats=tuple(dict.fromkeys(formats)) or (DEFAULT,), **rest)
+    formats = tuple(dict.fromkeys(formats)) or (DEFAULT,)
+    place = check_places(out, choose(formats, mode), rest["report"])
+    _run(mode=mode, calib=calib or "nano", formats=formats, out=place, **rest)
 
 
 def _run(**options: Any) -> None:
@@ -82,7 +88,7 @@ def _run(**options: Any) -> None:
     from .exporter import Options, export
 
     with _progress() as show:
-        written = export(Options(**options), show)
+        written = export(Options(**options), show, lambda line: click.echo(line, err=True))
     for path in written:
         click.echo(str(path))
 

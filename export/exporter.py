@@ -18,7 +18,9 @@ from ..runtime.files.open import open_checkpoint
 from ..runtime.files.write import move_file
 from ..runtime.machine import cores, processor
 from ..runtime.memory import peak_rss_mb
+from ..runtime.prompt import check_words
 from .formats.table import DEFAULT, Format, WriteOptions, choose
+from .places import check_source
 from .report import Accuracy, Coverage, Made, Report, Size
 
 if TYPE_CHECKING:
@@ -62,8 +64,10 @@ class Options:
     threads: int = 0
 
 
-def export(options: Options, show: Show = lambda done, total, what: None) -> list[Path]:
-    """Exports a model; returns what was written.
+def export(
+    options: Options, show: Show = lambda done, total, what: None, say: Callable[[str], None] = lambda line: None
+) -> list[Path]:
+    """Exports a model; returns what was written.   say: takes what there is to know of the source, line by line.
 
     Can be killed at any point; with `resume` the next run goes on and writes the same bytes.
     Raises Rejected when the gate closes (the file is kept as OUT.rejected), MigicianError.
@@ -75,9 +79,27 @@ def export(options: Options, show: Show = lambda done, total, what: None) -> lis
     with open_checkpoint(options.model) as checkpoint:
         if checkpoint.quantization is not None:
             raise UnsupportedError(f"{options.model}: quantized already; export from the bf16 checkpoint")
+        check_source(checkpoint, options.out)
+        check_words(checkpoint)
+        for note in checkpoint.notes:
+            say(note)
         if options.mode == "bf16":
             return _plain(checkpoint, targets)
+        _check_numbers(checkpoint, show)
         return _quantize(checkpoint, options, targets, show)
+
+
+def _check_numbers(checkpoint: Checkpoint, show: Show) -> None:
+    """Reads every weight once: a minute before the hours that one which is no number would waste."""
+    tensors = checkpoint.tensors.values()
+    done, total = 0.0, float(sum(tensor.nbytes for tensor in tensors))
+    for tensor in tensors:
+        show(done, total, "reading the weights")
+        tensor.check_finite(checkpoint.where)
+        done += tensor.nbytes
+        for file in checkpoint.files:
+            file.release()
+    show(total, total, "reading the weights")
 
 
 def _plain(checkpoint: Checkpoint, targets: Targets) -> list[Path]:

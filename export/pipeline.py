@@ -15,7 +15,7 @@ from torch import Tensor
 from ..runtime.backends.native import Pool
 from ..runtime.errors import MigicianError
 from ..runtime.files.checkpoint import Checkpoint, derive
-from ..runtime.files.config import ModelConfig
+from ..runtime.files.config import ModelConfig, untied
 from ..runtime.files.quantization import Quantization, matrices
 from ..runtime.files.tensors import TensorFile
 from .fit import Fitted, Fitter, pack, row_grid
@@ -240,7 +240,7 @@ def finish(source: Checkpoint, policy: Quantization, folder: WorkFolder, calibra
     """Puts the finished units together as one checkpoint, whose tensors lie in the working folder's files."""
     texts = {"quantization": policy.to_text(), "calibration": calibration_hash}
     if policy.rotated:
-        texts["config"] = _untied(source.raw["config"])
+        texts["config"] = untied(json.loads(source.raw["config"]))
     files = [TensorFile(path) for path in folder.units(len(list_units(source.config)))]
     found = {name: tensor for file in files for name, tensor in file.tensors.items()}
     return derive(source, found, texts=texts, files=files, where=folder.path)

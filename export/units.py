@@ -28,6 +28,7 @@ from .rotate import Rotation, fold_gain, read_rotated, rotate_heads_in, rotate_h
 
 __all__ = ["Rotations", "Unit", "chunks_of", "list_units", "load_unit", "matrices_of"]
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _HEAD_SEED, _VISION_SEED, _LANGUAGE_SEED = 3, 1, 2
 
 
@@ -83,12 +84,12 @@ def matrices_of(unit: Unit) -> list[str]:
 
 
 def _mapped(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A view of the file, bf16 or f32; not to be written to."""
+    """A view of the file in its own dtype; not to be written to."""
     stored = checkpoint.tensors[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of read-only memory
         view = torch.from_numpy(stored.data)
-    return view.view(torch.bfloat16 if stored.dtype == "BF16" else torch.float32).view(stored.shape)
+    return view.view(_DTYPES[stored.dtype]).view(stored.shape)
 
 
 def _load(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -54,6 +54,8 @@ def run_command(
     except OSError as error:
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; correct it and run again")
     except Exception as error:
+        if isinstance(error, ImportError) and "failed to map" in str(error):
+            fail(out_of_memory)  # a library that finds no address space
         fail(f"internal error: {type(error).__name__}: {error}; please report it with the command that shows it")
 
 

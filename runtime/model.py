@@ -28,7 +28,7 @@ from .files.checkpoint import Checkpoint
 from .files.config import ModelConfig, Preprocessor
 from .files.describe import describe
 from .files.open import open_checkpoint
-from .prompt import Vocabulary, build_prompt
+from .prompt import build_prompt, check_words
 from .sources import FileBytes, PictureSource, as_list
 
 __all__ = ["Chat", "Model", "load"]
@@ -63,10 +63,10 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.preprocessor = checkpoint.preprocessor
         self._checkpoint = checkpoint
+        self._vocabulary = check_words(checkpoint)
         try:
-            self._vocabulary = Vocabulary(checkpoint.tokenizer_json)
             self._engine: Engine | None = open_engine(backend, checkpoint, options or Options())
-        except (ModelFileError, UnsupportedError) as error:  # these know of tensors and words, not of files
+        except (ModelFileError, UnsupportedError) as error:  # these know of tensors, not of files
             raise type(error)(f"{checkpoint.where}: {error}") from None
         self._template = read_template(checkpoint.raw.get("chat_template"), knows=self._vocabulary.knows)
         if self._template.note:
@@ -209,8 +209,8 @@ class Model:
             try:
                 kept.append(self._cache.read(image, self.preprocessor, max_side))
             except ImageError as error:
-                if isinstance(image, (str, os.PathLike, FileBytes)):  # a name says which one it is
-                    raise
+                if isinstance(image, (str, os.PathLike, FileBytes)) or bool(getattr(image, "filename", "")):
+                    raise  # its name says which one it is
                 raise ImageError(f"images[{i}]: {error}") from None
         return kept
 

@@ -13,6 +13,7 @@ Letters: T tokens.   Source: transformers `apply_chat_template`, `Qwen2VLModel.g
 """
 
 import codecs
+import mmap
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .chat_template import DEFAULT, PAD, ChatTemplate, Message, split_marks
-from .errors import MigicianError, ModelFileError
+from .errors import MigicianError, ModelFileError, OutOfMemory
+from .files.tokenizer import TEMPLATE_TOKENS, template_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from .files.checkpoint import Checkpoint
+    from .files.config import ModelConfig
 
 __all__ = [
     "PLACEHOLDER",
@@ -33,6 +38,7 @@ __all__ = [
     "TextStream",
     "Vocabulary",
     "build_prompt",
+    "check_words",
     "rope_positions",
     "token_spans",
 ]
@@ -47,6 +53,8 @@ USER_TAGS = (
 )
 _TAGS = re.compile(r"(<\|\w+\|>)")
 PLACEHOLDER = re.compile(r"<image>|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>")
+_ROOM_BYTES, _ROOM_PER_CHARACTER = 16 << 20, 20  # of building a tokenizer; 14 a character were measured
+_NO_ROOM = "no memory left for the tokenizer; free some, or raise the limit (ulimit -v)"
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -78,6 +86,9 @@ class Vocabulary:
         self._user_tags = {tag: self.special[tag] for tag in USER_TAGS if tag in self.special}
         free = {*self._user_tags, getattr(self._tokenizer.model, "unk_token", None)}
         self._guarded = {content: i for content, i in self.special.items() if content not in free}
+        # some folders list the template's own tokens as ordinary ones, and words may be them no more for that
+        ordinary = {token.content: i for i, token in added.items()}
+        self._guarded |= {tag: ordinary[tag] for tag in TEMPLATE_TOKENS if tag in ordinary}
         self._guarded_ids = frozenset(self._guarded.values())
         self._split_all = _splitter(self.special)
         self._split_user = _splitter(self._user_tags)
@@ -196,19 +207,30 @@ class Vocabulary:
 
 
 def _load(tokenizer_json: str) -> "Tokenizer":
-    import tokenizers
-
     try:
+        import tokenizers
+
+        _check_room(tokenizer_json)
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OutOfMemory):
         raise
     except BaseException as e:  # a panic of the Rust library is no Exception
         reason = " ".join(str(e).split())[:120]
+        if isinstance(e, MemoryError) or (isinstance(e, ImportError) and "failed to map" in reason):
+            raise OutOfMemory(_NO_ROOM) from None
         raise ModelFileError(f"tokenizer.json: not a tokenizer ({reason}); download the file again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # the library then leaves specials to us
     return tokenizer
+
+
+def _check_room(tokenizer_json: str) -> None:
+    """Raises OutOfMemory where the address space does not hold the tokenizer: the library would end the process."""
+    try:
+        mmap.mmap(-1, _ROOM_BYTES + _ROOM_PER_CHARACTER * len(tokenizer_json)).close()
+    except OSError:
+        raise OutOfMemory(_NO_ROOM) from None
 
 
 def _is_byte_level(tokenizer: "Tokenizer") -> bool:
@@ -258,6 +280,41 @@ def token_spans(vocabulary: Vocabulary, ids: Iterable[int]) -> list[tuple[int, i
         at += len(stream.push(token))
         spans.append((start, at + stream.pending))
     return spans
+
+
+def check_words(checkpoint: "Checkpoint") -> Vocabulary:
+    """Returns a checkpoint's vocabulary, if it and the model mean the same by every token of the chat template.
+
+    Raises ModelFileError where one is missing, is none by itself, has another id than config.json says, or no row in
+    the embedding.
+    """
+    try:
+        vocab = Vocabulary(checkpoint.tokenizer_json)
+        _check_template(vocab, checkpoint.config)
+        return vocab
+    except MemoryError:
+        raise OutOfMemory(f"{checkpoint.where}: {_NO_ROOM}") from None
+    except (ModelFileError, OutOfMemory) as error:  # these know of words, not of files
+        raise type(error)(f"{checkpoint.where}: {error}") from None
+
+
+def _check_template(vocab: Vocabulary, config: "ModelConfig") -> None:
+    wanted = template_ids(config)
+    for tag in TEMPLATE_TOKENS:
+        found = vocab.id(tag)
+        if vocab.encode(tag) != [found]:
+            raise ModelFileError(f"the tokenizer reads {tag} as words; use the files that came with the model")
+        if found != wanted.get(tag, found):
+            raise ModelFileError(
+                f"{tag} is {found} in the tokenizer and {wanted[tag]} in config.json; restore the files of one model"
+            )
+    for tag in (*TEMPLATE_TOKENS, *USER_TAGS):
+        found = vocab.special.get(tag, 0) if tag in USER_TAGS else vocab.id(tag)
+        if found >= config.text.vocab:
+            raise ModelFileError(
+                f"{tag} is {found} in the tokenizer, the embedding has {config.text.vocab} rows; "
+                f"restore the files of one model"
+            )
 
 
 def build_prompt(

@@ -136,7 +136,7 @@ class Weights:
         keep: list[Any] = []
         tensors = ffi.new("migi_tensor[]", max(1, len(checkpoint.tensors)))
         for slot, (name, tensor) in zip(tensors, checkpoint.tensors.items(), strict=False):
-            keep += _fill(slot, name, tensor)
+            keep += _fill(slot, name, tensor.served())
         out, err = ffi.new("migi_model **"), ffi.new("migi_error *")
         _check(lib.migi_model_new(out, self.config, tensors, len(checkpoint.tensors), err), err)
         self._keep = keep

@@ -42,7 +42,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
 VERIFY_ROWS = 8  # most tokens of one verify in fp32
 _CHUNK = 512  # tokens of a prompt that go through the layers together: what a cancel waits for is a layer of them
 _LOGIT_ROWS = 64  # rows of logits at a time: 39 MB for a vocabulary of 152064
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
 _CACHE_WORD = "cache" if "cache" in signature(Qwen2VLModel.forward).parameters else "past_key_values"
 _VISION_THETA = 10000.0  # the only one before transformers knew of it as a setting

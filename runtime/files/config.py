@@ -10,6 +10,7 @@ A key that is absent has the default of transformers' Qwen2VLConfig. Whatever th
 the reference does is refused here, before any weight is touched.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "parse_config",
     "parse_repetition_penalty",
     "tensor_shapes",
+    "untied",
 ]
 
 # Per channel (RGB), of pixels scaled to 0..1: those that CLIP was trained with, and Qwen2-VL after it
@@ -302,6 +304,15 @@ def _eos_tokens(*tables: _Reader) -> tuple[int, ...]:
 def parse_repetition_penalty(generation: Mapping[str, Any], *, where: str = "generation_config.json") -> float:
     """Returns the checkpoint's own repetition penalty, 1.0 (none) where it names none."""
     return _Reader(generation, where).number("repetition_penalty", 1.0, low=1e-3, high=1e3)
+
+
+def untied(config: Mapping[str, Any]) -> str:
+    """Returns the text of a config.json whose output head is its own, whatever this one says of it."""
+    table = {**config, "tie_word_embeddings": False}
+    inner = table.get("text_config")
+    if isinstance(inner, Mapping) and "tie_word_embeddings" in inner:
+        table["text_config"] = {**inner, "tie_word_embeddings": False}
+    return json.dumps(table, indent=2)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

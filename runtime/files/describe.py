@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .config import tensor_shapes
 from .hub_cache import revision_of
 from .quantization import KINDS, matrices
-from .tensors import shown
+from .tensors import FLOATS, shown
 
 __all__ = ["PARTS", "describe", "describe_line", "describe_text"]
 
@@ -41,7 +41,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     whole = max(tensors, sum(file.size_bytes for file in checkpoint.files))
     parts["other"] += whole - tensors
     weights = sum(math.prod(shape) for shape in tensor_shapes(checkpoint.config).values())
-    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F32"))
+    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATS)
     return {
         "name": checkpoint.name,
         "revision": revision_of(os.path.abspath(checkpoint.where)),

@@ -11,55 +11,47 @@ from ..chat_template import folder_template
 from ..errors import ModelFileError, UnsupportedError
 from .checkpoint import FROM_BF16, Checkpoint, assemble
 from .config import parse_config
+from .foreign import adapter_beside, explain, has_weights, mlx
 from .tensors import Tensor, TensorFile, parse_json, shown
+from .text import read_text
+from .tokenizer import compose_tokenizer
 
 __all__ = ["open_folder"]
 
-_MAX_JSON_BYTES = 256 << 20
 _AGAIN = "download or export it again"
 _FOREIGN = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # of tools that leave config.json as it was
 
 
 def open_folder(folder: Path, name: str) -> Checkpoint:
     """Opens a Hugging Face folder, single file or sharded."""
+    if fault := adapter_beside(folder) if has_weights(folder) else explain(folder):
+        raise fault
     if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise UnsupportedError(
-                f"{folder}: a LoRA adapter; merge it into its base model (merge_and_unload) and save"
-            )
         raise ModelFileError(f"{folder}: no config.json; give the folder of a Qwen2-VL checkpoint")
-    raw = {"config": _read_text(folder / "config.json"), "generation": "{}"}
+    raw = {"config": read_text(folder / "config.json"), "generation": "{}"}
+    table = parse_json(raw["config"], folder / "config.json", "configuration")
     # the architecture is judged before anything else is asked for
-    parse_config(parse_json(raw["config"], folder / "config.json", "configuration"), where=f"{folder}/config.json")
+    config = parse_config(table, where=f"{folder}/config.json")
+    if isinstance(table.get("quantization"), dict):
+        raise mlx(folder)
     for file_name, method in _FOREIGN.items():
         if (folder / file_name).exists():
             raise UnsupportedError(f"{folder / file_name}: weights quantized with {method}; {FROM_BF16}")
     if (folder / "generation_config.json").exists():
-        raw["generation"] = _read_text(folder / "generation_config.json")
+        raw["generation"] = read_text(folder / "generation_config.json")
     raw["preprocessor"] = _read_preprocessor(folder)
-    raw |= folder_template(folder, _read_text, parse_json)
-    tokenizer = _read_tokenizer(folder)
+    raw |= folder_template(folder, read_text, parse_json)
+    tokenizer, notes = compose_tokenizer(folder, config)
     files: list[TensorFile] = []
     try:
         found = _open_weights(folder, files)
-        return assemble(name, raw, tokenizer, found, files=files, where=folder)
+        if any(file.metadata.get("format") == "mlx" for file in files):
+            raise mlx(folder)
+        return assemble(name, raw, tokenizer, found, files=files, notes=notes, where=folder)
     except BaseException:
         for file in files:
             file.close()
         raise
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if not path.is_file():
-            raise ModelFileError(f"{path}: not there or not a file; {_complete(path.parent)}")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelFileError(f"{path}: over {_MAX_JSON_BYTES >> 20} MB; {_AGAIN}")
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
-    except UnicodeDecodeError:
-        raise ModelFileError(f"{path}: not UTF-8 text; {_AGAIN}") from None
 
 
 def _complete(folder: Path) -> str:
@@ -70,20 +62,10 @@ def _read_preprocessor(folder: Path) -> str:
     """Returns the picture settings; as in transformers, those inside processor_config.json go first."""
     combined = folder / "processor_config.json"
     if combined.exists():
-        inner = parse_json(_read_text(combined), combined, "processor configuration").get("image_processor")
+        inner = parse_json(read_text(combined), combined, "processor configuration").get("image_processor")
         if isinstance(inner, dict):
             return json.dumps(inner, indent=2, sort_keys=True)
-    return _read_text(folder / "preprocessor_config.json")
-
-
-def _read_tokenizer(folder: Path) -> str:
-    path = folder / "tokenizer.json"
-    if not path.exists() and (folder / "vocab.json").exists():
-        raise ModelFileError(
-            f"{path}: missing, only vocab.json is there; make it with transformers: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        )
-    return _read_text(path)
+    return read_text(folder / "preprocessor_config.json")
 
 
 def _open_weights(folder: Path, files: list[TensorFile]) -> dict[str, Tensor]:
@@ -94,16 +76,11 @@ def _open_weights(folder: Path, files: list[TensorFile]) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return _open_shards(folder, index, files)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise UnsupportedError(
-            f"{folder}: PyTorch weights (.bin) only; convert them to safetensors with transformers: "
-            f"from_pretrained(...).save_pretrained(...)"
-        )
     raise ModelFileError(f"{folder}: no model.safetensors and no model.safetensors.index.json; {_complete(folder)}")
 
 
 def _open_shards(folder: Path, index: Path, files: list[TensorFile]) -> dict[str, Tensor]:
-    weight_map = parse_json(_read_text(index), index, "index").get("weight_map")
+    weight_map = parse_json(read_text(index), index, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFileError(f"{index}: no weight_map; {_AGAIN}")
     for name, shard in weight_map.items():

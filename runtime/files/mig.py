@@ -23,6 +23,7 @@ safetensors allows no hole between tensors, so where one ends off the boundary a
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from ..errors import ModelFileError, UnsupportedError
 from .checkpoint import Checkpoint, assemble
-from .tensors import Tensor, TensorFile, iter_chunks, shown
+from .tensors import DTYPE_BYTES, Tensor, TensorFile, iter_chunks, shown
 from .write import whole_file
 
 __all__ = ["ALIGN_BYTES", "FORMAT_VERSION", "checksum", "read_mig", "write_mig"]
@@ -51,16 +52,18 @@ def write_mig(path: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Ma
 
     extra: further `__metadata__` strings (a model card's figures, say); the keys of the format itself are refused.
     The file appears under its name complete or not at all. Weights stream through in 8 MB pieces from wherever their
-    tensors are mapped (checkpoint.derive puts together an exporter's own).
-    Raises ModelFileError when the place cannot be written, ValueError for a bad `extra`.
+    tensors are mapped (checkpoint.derive puts together an exporter's own); F16 and F64 become BF16 where that holds
+    every value of a tensor, else F32.
+    Raises ModelFileError when the place cannot be written or a weight is not finite, ValueError for a bad `extra`.
     """
     metadata = _metadata(checkpoint, extra or {})
-    plan, entries = _plan(checkpoint.tensors)
+    dtypes = {name: tensor.served_dtype() for name, tensor in checkpoint.tensors.items()}
+    plan, entries = _plan(checkpoint.tensors, dtypes)
     with whole_file(path) as file:
         # the digest is known only at the end, and is as long as this placeholder
         file.write(_header(metadata, entries, "0" * 64))
         digest = hashlib.sha256()
-        for piece in _pieces(checkpoint.tensors, plan):
+        for piece in _pieces(checkpoint, dtypes, plan):
             digest.update(piece)
             file.write(piece)
         file.seek(0)
@@ -77,12 +80,12 @@ def _metadata(checkpoint: Checkpoint, extra: Mapping[str, str]) -> dict[str, str
     return {**own, **{key: kept[key] for key in sorted(kept)}}
 
 
-def _plan(tensors: Mapping[str, Tensor]) -> tuple[list[tuple[str, int]], dict[str, dict]]:
+def _plan(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> tuple[list[tuple[str, int]], dict[str, dict]]:
     """Places the tensors: [(name, zero bytes to follow)] and the header's entries, padding included."""
     plan, entries, position = [], {}, 0
     for number, (name, tensor) in enumerate(tensors.items()):
-        end = position + tensor.nbytes
-        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        end = position + math.prod(tensor.shape) * DTYPE_BYTES[dtypes[name]]
+        entries[name] = {"dtype": dtypes[name], "shape": list(tensor.shape), "data_offsets": [position, end]}
         gap = -end % ALIGN_BYTES
         if gap:
             entries[f"{_PAD}{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
@@ -98,9 +101,12 @@ def _header(metadata: Mapping[str, str], entries: Mapping[str, dict], digest: st
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(tensors: Mapping[str, Tensor], plan: list[tuple[str, int]]) -> Iterator[memoryview | bytes]:
+def _pieces(
+    checkpoint: Checkpoint, dtypes: Mapping[str, str], plan: list[tuple[str, int]]
+) -> Iterator[memoryview | bytes]:
     for name, gap in plan:
-        yield from iter_chunks(tensors[name].data)
+        checkpoint.tensors[name].check_finite(checkpoint.where)
+        yield from checkpoint.tensors[name].served_pieces(dtypes[name])
         if gap:
             yield bytes(gap)
 

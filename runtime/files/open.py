@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ModelFileError
+from ..errors import ModelFileError, OutOfMemory
 from .checkpoint import Checkpoint
 from .config import parse_config
 from .folder import open_folder
@@ -23,10 +23,15 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
     A hub id that is no path and not in the local cache is downloaded, where the extra "hub" is installed.
 
-    Raises ModelFileError when something is missing or damaged, UnsupportedError when it is sound but not served.
+    Raises ModelFileError when something is missing or damaged, UnsupportedError when it is sound but not served,
+    OutOfMemory when its files, mapped, find no room.
     """
     try:
         return _open(os.fspath(source))
+    except MemoryError:
+        raise OutOfMemory(
+            f"{shown(os.fspath(source))}: no memory left to open it; free some, or raise the limit (ulimit -v)"
+        ) from None
     except (OSError, RuntimeError) as error:  # a folder that may not be entered, a home that does not exist
         raise ModelFileError(
             f"{shown(os.fspath(source))}: cannot be opened ({error}); check the path and its rights"

@@ -10,6 +10,7 @@ reader demands. The `safetensors` package cannot hand bf16 to numpy without a co
 """
 
 import contextlib
+import errno
 import json
 import math
 import mmap
@@ -22,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelFileError, UnsupportedError
+from ..errors import ModelFileError, OutOfMemory, UnsupportedError
 
-__all__ = ["DTYPE_BYTES", "Tensor", "TensorFile", "iter_chunks", "parse_json", "shown"]
+__all__ = ["DTYPE_BYTES", "FLOATS", "Tensor", "TensorFile", "iter_chunks", "parse_json", "shown"]
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
@@ -32,6 +33,7 @@ DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+FLOATS = frozenset(("BF16", "F16", "F32", "F64"))
 _MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 _MAX_RANK = 8
 _AGAIN = "download or export it again"
@@ -55,14 +57,82 @@ class Tensor:
         return self.data.size
 
     def to_f32(self) -> np.ndarray:
-        """Returns the values as f32[shape], a view where the file holds F32 and a copy where it holds BF16."""
+        """Returns the values as f32[shape], a view where the file holds F32 and else a copy; F64 is rounded."""
+        return self._floats(self.data).reshape(self.shape)
+
+    def _floats(self, data: np.ndarray) -> np.ndarray:
         if self.dtype == "F32":
-            return self.data.view("<f4").reshape(self.shape)
+            return data.view("<f4")
         if self.dtype == "BF16":
-            wide = self.data.view("<u2").astype(np.uint32)
+            wide = data.view("<u2").astype(np.uint32)
             wide <<= 16
-            return wide.view(np.float32).reshape(self.shape)
-        raise UnsupportedError(f"tensor {self.name} is {self.dtype}; only BF16 and F32 convert to float")
+            return wide.view(np.float32)
+        if self.dtype in ("F16", "F64"):
+            with np.errstate(over="ignore"):  # to infinity, which whoever reads the weights refuses by name
+                return data.view("<f2" if self.dtype == "F16" else "<f8").astype(np.float32)
+        raise UnsupportedError(f"tensor {shown(self.name)} is {self.dtype}; only floating point converts to float")
+
+    def served_dtype(self) -> str:
+        """BF16 or F32: what the core computes with. F16 and F64 become BF16 where every value is one, which takes a
+        reading of them all, else F32."""
+        if self.dtype not in ("F16", "F64"):
+            return self.dtype
+        exact = all(not (piece.view(np.uint32) & 0xFFFF).any() for piece in self.pieces())
+        return "BF16" if exact else "F32"
+
+    def served_pieces(self, dtype: str) -> Iterator[memoryview]:
+        """Yields the bytes of the values as served_dtype(), piece by piece."""
+        if dtype == self.dtype:
+            yield from iter_chunks(self.data)
+            return
+        for piece in self.pieces():
+            bits = piece.view(np.uint32)
+            yield ((bits >> 16).astype(np.uint16) if dtype == "BF16" else bits).view(np.uint8).data
+
+    def served(self) -> "Tensor":
+        """Returns this tensor, or a copy of its values in a dtype that the core computes with."""
+        dtype = self.served_dtype()
+        if dtype == self.dtype:
+            return self
+        data = np.empty(math.prod(self.shape) * DTYPE_BYTES[dtype], np.uint8)
+        at = 0
+        for piece in self.served_pieces(dtype):
+            data[at : at + len(piece)] = piece
+            at += len(piece)
+        return Tensor(self.name, dtype, self.shape, data)
+
+    def pieces(self, count: int = 1 << 18) -> Iterator[np.ndarray]:
+        """Yields the values in order as f32[<= count], so that no more of them are held at a time."""
+        step = count * DTYPE_BYTES[self.dtype]
+        for start in range(0, self.nbytes, step):
+            yield self._floats(self.data[start : start + step])
+
+    def equals(self, other: "Tensor") -> bool:
+        """True where shape and values are the same, whatever the dtypes; reads no further than a first difference."""
+        if self.shape != other.shape:
+            return False
+        if self.dtype == other.dtype and all(map(np.array_equal, iter_chunks(self.data), iter_chunks(other.data))):
+            return True
+        return all(map(np.array_equal, self.pieces(), other.pieces()))
+
+    def check_finite(self, where: str | os.PathLike[str]) -> None:
+        """Reads every value. Raises ModelFileError for one that is no finite number, or none as f32.
+
+        where: the file or folder, for the message.
+        """
+        if self.dtype not in FLOATS:
+            return
+        at = 0
+        for piece in self.pieces():
+            sound = np.isfinite(piece)
+            if not sound.all():
+                first = int(np.argmin(sound))
+                place = [int(i) for i in np.unravel_index(at + first, self.shape)] if self.shape else []
+                raise ModelFileError(
+                    f"{where}: tensor {shown(self.name)} holds {piece[first]} at {place}: damaged, or diverged; "
+                    f"copy it again or take an earlier checkpoint"
+                )
+            at += len(piece)
 
     def aligned(self) -> "Tensor":
         """Returns this tensor, or a copy whose address suits its element type where a file's odd header moved it."""
@@ -209,6 +279,10 @@ def _map_file(path: Path) -> mmap.mmap:
             raise ModelFileError(f"{path}: 0 bytes long; {_AGAIN}")
         return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise OutOfMemory(
+                f"{path}: no address space left for its {status.st_size / 1e6:.0f} MB; raise the limit (ulimit -v)"
+            ) from None
         raise ModelFileError(f"{path}: cannot be mapped ({_reason(error)}); {_AGAIN}") from None
     finally:
         os.close(descriptor)

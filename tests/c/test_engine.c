@@ -255,8 +255,9 @@ static void draft_errors(const migi_model *model)
 /* A child process has none of the parent's threads until the pool is restarted; the parent goes on. */
 static void forked(const migi_model *model, const int32_t *want, const float *lwant)
 {
-#if defined(__SANITIZE_THREAD__)
-    (void)model, (void)want, (void)lwant;
+#if defined(__SANITIZE_THREAD__) || (defined(__aarch64__) && QUICK)
+    (void)model, (void)want, (void)lwant; /* neither TSan nor qemu-user lets a forked child start threads */
+    printf("SKIPPED a forked child: not under TSan, not under qemu-user\n");
     skipped++;
 #else
     int32_t got[NEW];

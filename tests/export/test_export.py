@@ -76,6 +76,7 @@ def test_what_is_written_opens_and_answers(mode: str, calibrated: str, small: Pa
     assert np.abs(want - got).mean() < (1.5 if mode == "int4" else 0.15)
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(small: Path, calib: Path, tmp_path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -127,6 +128,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_and_give_the_same_bytes(small: Path, calib: Path, tmp_path) -> None:
     straight, torn = tmp_path / "straight.mig", tmp_path / "torn.mig"
     words = [str(small), "--int4", "--calib", str(calib), "--samples", "4", "--held-out", "0", "--threads", "2", "-o"]
@@ -169,6 +171,7 @@ main(sys.argv[1:])
     assert CliRunner().invoke(command, [*words, "--resume"]).exit_code == 0 and out.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_no_file(small: Path, tmp_path) -> None:
     out = tmp_path / "m.mig"
     words = [str(small), "--int4", "--calib", "none", "-o", str(out), "--resume"]
@@ -184,6 +187,7 @@ def test_a_full_disk_is_one_line_and_no_file(small: Path, tmp_path) -> None:
     assert out.exists()
 
 
+@pytest.mark.slow
 def test_the_gate_keeps_a_rejected_file_under_another_name(tmp_path) -> None:
     out, page = tmp_path / "nano.mig", tmp_path / "nano.html"
     with pytest.raises(Rejected, match="fell by"):
@@ -192,6 +196,7 @@ def test_the_gate_keeps_a_rejected_file_under_another_name(tmp_path) -> None:
     assert export(options("nano", out, calib="none", held_out=1, max_iou_drop=1.0, resume=True)) == [out]
 
 
+@pytest.mark.slow
 def test_outlier_channels_cost_nothing_after_rotation_and_much_without(tmp_path) -> None:
     """The hostile nano answers as nano does; int8 activations survive its outliers only when they are rotated away."""
     hostile = make_hostile("nano", tmp_path / "hostile.mig")

@@ -141,4 +141,4 @@ def test_pictures_are_decoded_once_for_answer_and_sheet(
 def test_a_picture_that_is_too_thin_is_named_beside_a_sheet(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "thin.png"
     Image.new("RGB", (2, 900)).save(path)
-    one_line(shell(f"$RUN {path} --model {tiny} --draw {tmp_path}/x.png 'where?'"), str(path), "crop or pad")
+    one_line(shell(f"$RUN {path} --model {tiny} --draw {tmp_path}/x.png 'where?'"), "thin.png: 2x900", "crop or pad")

@@ -48,6 +48,7 @@ def _question():
     )
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits(nano, monkeypatch):
     question, answers = _question(), {}
     for isa in _instruction_sets():
@@ -91,6 +92,7 @@ def _replay(path, programs):
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
     reason="aarch64: install gcc-aarch64-linux-gnu and qemu-user",

@@ -154,6 +154,7 @@ def test_a_stream_begun_before_the_fork_goes_on_on_both_sides(tiny, wanted):
         assert told(stream.finish()) == wanted[2]
 
 
+@pytest.mark.slow
 def test_backend_torch_answers_in_a_forked_child(tiny):
     code = f"""
 import sys

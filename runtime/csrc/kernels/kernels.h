@@ -5,10 +5,11 @@
  *
  * To add an instruction set:
  *     NAME.c         what it does better: a table migi_own_NAME, and the one `below` it; compiles to nothing elsewhere
- *     kernels.h      the declaration of that table, at the end of migi_kernels
+ *     kernels.h      the declaration of that table, beside the others
  *     dispatch.c     its line among `entries`, from worst to best, with the question whether this CPU has it
- * Builder, tests and migi_kernel_report find it there. ceilings.c may be told a loop of its instruction that never leaves the
- * registers; a table that sets bf16_dots gives other bits than the rest, which the tests read from the report.
+ * Builder, C tests and migi_kernel_report find it there. ceilings.c may be told a loop of its instruction that never leaves
+ * the registers, and tests/runtime/test_same_bits.py names what it runs under qemu. A table that sets bf16_dots gives other
+ * bits than the rest; the tests read that from the report.
  *
  * To add a slot: its pointer in migi_kernels, its name in MIGI_KERNEL_SLOTS, its function in scalar.c, and its test in
  * tests/c/test_kernels.c; then, where it is worth it, the faster ones.

@@ -229,6 +229,7 @@ def last_object(text: str) -> dict[str, Any]:
     return json.loads(text.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_last_line_is_the_whole_result(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     words = ["latency", "--model", str(tiny), "--pictures", "1,2", *SMALL, "-o", str(out)]

@@ -28,6 +28,7 @@ def slow(tmp_path_factory):
     return make_checkpoint(folder, v_dim=256, v_heads=4, v_depth=24, max_pixels=28 * 28 * 2000)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_encoder_between_layers(slow):
     class Stop(Exception):
         pass

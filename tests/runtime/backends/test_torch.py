@@ -23,6 +23,8 @@ from quantized import make_quantized
 torch = pytest.importorskip("torch", reason="backend torch needs it; install the [torch] extra")
 transformers = pytest.importorskip("transformers")
 
+import safetensors.torch as safetensors  # noqa: E402
+
 from migician.calib.scenes import TASKS, held_out  # noqa: E402
 from migician.runtime.backends import open_engine  # noqa: E402
 from migician.runtime.backends import torch as backend  # noqa: E402
@@ -132,6 +134,17 @@ def test_a_second_question_and_a_stream_equal_the_native_ones(pair):
         answers.append((first, second, stream.answer))
     for ours, native in zip(*answers, strict=True):
         assert_same(ours, native)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_floats_are_read_as_the_native_engine_reads_them(tmp_path, dtype):
+    folder = make_checkpoint(tmp_path / "model", dtype="float32", tied=False)
+    path = folder / "model.safetensors"
+    weights = {name: w.to(getattr(torch, dtype)) for name, w in safetensors.load_file(path).items()}
+    safetensors.save_file(weights, path)
+    with load(folder, precision="fp32") as native, load(folder, precision="fp32", backend="torch") as other:
+        wanted, found = (m.logprobs(draw(1), "where?", "the cup is here") for m in (native, other))
+    np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
 def test_nano_finds_the_same_boxes():
@@ -415,6 +428,7 @@ print(engine.sync(list(range(100)), []), engine.greedy()[1] < 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory as Linux counts it")
 def test_the_end_of_memory_is_told(tmp_path):
     folder = make_checkpoint(tmp_path / "wide", hidden=64, vocab=250_000)
@@ -442,6 +456,7 @@ def run(*words, code=None):
     )
 
 
+@pytest.mark.slow
 def test_the_command_answers_and_stderr_stays_clean(tiny, picture):
     words = ("--model", tiny, "--max-new-tokens", 6, "--precision", "fp32", "--json", "--stats", "--logprobs")
     done = run(picture, picture, "where?", "--backend", "torch", *words)

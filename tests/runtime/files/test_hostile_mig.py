@@ -417,6 +417,8 @@ def ask_all(core: Path, tmp_path: Path, isa: str, **files: Iterator[tuple[str, b
     return answered, refused, failed
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("sanitized")  # one build for all of them
 def test_the_sanitizers_are_awake(sanitized_core: Path) -> None:
     """Without this a core built wrongly would pass all that follows: it must catch a picture longer than its buffer."""
     code = """
@@ -431,6 +433,8 @@ lib.migi_patchify(c, rgb, 28, 28, out, err)
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("sanitized")  # one build for all of them
 def test_damaged_files_do_no_harm(sanitized_core: Path, sound: Path, tmp_path: Path) -> None:
     good = iter([("sound", sound.read_bytes())])
     answered, refused, failed = ask_all(sanitized_core, tmp_path, "", sound=good, damaged=corpus(sound))
@@ -438,6 +442,8 @@ def test_damaged_files_do_no_harm(sanitized_core: Path, sound: Path, tmp_path: P
     assert answered >= 2 and refused > 600 and failed > 0, (answered, refused, failed)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("sanitized")  # one build for all of them
 @pytest.mark.parametrize("isa", ["", "scalar"])
 def test_nonsense_weights_do_no_harm(sanitized_core: Path, sound: Path, tmp_path: Path, isa: str) -> None:
     answered, refused, failed = ask_all(sanitized_core, tmp_path, isa, poisoned=poisoned(sound))

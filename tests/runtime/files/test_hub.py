@@ -59,7 +59,7 @@ def refused(word: str) -> str:
     with pytest.raises(MigicianError) as caught:
         open_checkpoint(word)
     message = str(caught.value)
-    assert message.isprintable() and "; " in message and len(message) < 600, message
+    assert message.isprintable() and "; " in message and len(message) < 900, message  # long paths, named three times
     return message
 
 
