@@ -1,6 +1,6 @@
 # make demo         asks the embedded model about the bundled pictures
 # make test         lints, checks types, runs the C and the Python tests
-# make test-quick   the Python tests that take under three seconds each
+# make test-quick   the Python tests that are not marked slow
 
 PYTHON ?= python3
 VENV := .venv

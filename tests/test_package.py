@@ -11,6 +11,8 @@ import pytest
 
 import migician
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = ("runtime", "calib", "export", "bench", "train")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def run(*words: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "migician.export.cli", *map(str, words)]

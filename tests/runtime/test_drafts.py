@@ -327,6 +327,7 @@ class Guesses:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("penalty", "pictures"), [(1.0, 0), (1.05, 2), (1.3, 2)])
 def test_speculation_equals_plain_greedy(checkpoint, penalty, pictures):
     images = [noise(90, 60), noise(60, 90, 1)][:pictures]

@@ -18,6 +18,8 @@ from checkpoints import make_checkpoint
 from PIL import Image
 from quantized import make_quantized
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "Where is the image in the second picture?"
 
 

@@ -13,6 +13,8 @@ from migician import Answer, load
 from migician.runtime.boxes import read_answer
 from migician.runtime.run import _as_dict, _table, main
 
+pytestmark = pytest.mark.slow
+
 
 def run(tiny: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """Runs migician-run in a process of its own."""

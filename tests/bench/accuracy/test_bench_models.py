@@ -20,6 +20,8 @@ from migician.bench.engines import PHASES, Answered
 from migician.runtime.errors import MigicianError, ModelFileError, UnsupportedError
 from migician.runtime.model import load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:

@@ -23,6 +23,8 @@ from migician.bench.accuracy.sweep_page import render_markdown as render_sweep_m
 from migician.runtime.errors import MigicianError
 from migician.runtime.report.charts import Point, Ring, Series, radar, scatter
 
+pytestmark = pytest.mark.slow
+
 BOX = "(100,200),(300,400)"
 TRUTH = (0.1, 0.2, 0.3, 0.4)
 

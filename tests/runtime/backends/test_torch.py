@@ -35,6 +35,8 @@ from migician.runtime.files.open import open_checkpoint  # noqa: E402
 from migician.runtime.image import load_picture  # noqa: E402
 from migician.runtime.model import load  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "mha-tied": {"hidden": 128, "heads": 4, "kv_heads": 4, "v_dim": 64},
     "gqa2-untied-v5": {"hidden": 256, "layers": 3, "heads": 8, "kv_heads": 4, "tied": False, "layout": "v5"},

@@ -23,6 +23,8 @@ from migician.runtime.files import download
 from migician.runtime.files.hub import peek
 from migician.runtime.files.open import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
 NAME = "Org/Tiny-VL"

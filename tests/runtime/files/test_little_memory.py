@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PIECES = 100_000
 LIMITS_MB = (1, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 200, 1000)
 
