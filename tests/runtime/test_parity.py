@@ -20,6 +20,8 @@ from migician.runtime.prompt import Vocabulary, build_prompt
 torch = pytest.importorskip("torch", reason="transformers is the reference; install the [test] extra")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "mha-tied": {"hidden": 128, "heads": 4, "kv_heads": 4, "tied": True, "v_dim": 64},
     "gqa2-untied-v5": {
