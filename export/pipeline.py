@@ -251,12 +251,3 @@ def layer_reports(folder: WorkFolder, count: int) -> Iterator[Layer]:
     for path in folder.units(count):
         with TensorFile(path) as file:
             yield from (Layer(**entry) for entry in json.loads(file.metadata["report"]))
-
-
-def _untied(config: str) -> str:
-    """The configuration of a model whose head has become its own."""
-    table = json.loads(config)
-    for level in (table, table.get("text_config")):
-        if isinstance(level, dict) and (level is table or "tie_word_embeddings" in level):
-            level["tie_word_embeddings"] = False
-    return json.dumps(table, indent=2)
